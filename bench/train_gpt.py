@@ -1,0 +1,45 @@
+"""Trains a GPT of GPT-2's architecture: the teacher for REPA where no pretrained model shares the
+tokenizer, and the autoregressive baseline.
+
+    python bench/train_gpt.py                                   # the embedded names
+    python bench/train_gpt.py --data=data/docs --out=out/docs
+
+Watch `loss`, in nats a token; the best by val is kept.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from textldm import (GPT, GPT_PRESETS, Corpus, TrainConfig, TrunkConfig, command_line, pick_device, run, train,
+                     val_batches, weighted_mean)
+
+
+def main():
+    config, cfg = command_line(__doc__, TrunkConfig, TrainConfig, presets=GPT_PRESETS)
+    corpus, val = Corpus(cfg.data, "train"), Corpus(cfg.data, "val")
+    # one position more than rows have tokens, for the end-of-text token that they begin after
+    config.vocab_size, config.block_size = corpus.meta["vocab_size"], corpus.fit(config.block_size) + 1
+    torch.manual_seed(cfg.seed)
+    rows = val_batches(val, config.block_size - 1, pick_device(cfg.device)[0], cut_words=False)
+
+    def loss_of(net, batch, generator=None, step=None):
+        logits = net(F.pad(batch.tokens[:, :-1], (1, 0), value=corpus.eot)).float()  # (B, N, V)
+        ce = F.cross_entropy(logits.flatten(0, 1), batch.tokens.flatten(), reduction="none").view(batch.tokens.shape)
+        return dict(loss=weighted_mean(ce, batch.weight == 1))
+
+    @torch.no_grad()
+    def evaluate(gpt):
+        loss = sum(loss_of(gpt, b)["loss"].item() for b in rows) / len(rows)
+        tqdm.write(f"val: {loss:.4f} nats a token")
+        return dict(loss=loss)
+
+    train("gpt", cfg, GPT(config), corpus, loss_of, evaluate, cut_words=False)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,136 @@
+"""Continues prompts.
+
+    python sample.py --prompt="arabic letter" --n=4
+    python sample.py --prompt="combining g" --trace             # the text as it forms out of noise
+    python sample.py --prompts=in.jsonl --output=out.jsonl      # lines of {"prompt": ...}; adds "text"
+    python sample.py --prompt="greek" --gpt=out/gpt.pt          # what the autoregressive baseline writes
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from textldm import (GPT, DiTConfig, TextDiT, TextVAE, UserError, VAEConfig, command_line, continue_texts,
+                     load_checkpoint, load_encoding, model_from, option, pick_device, run)
+
+
+@dataclass
+class SampleConfig:
+    prompt: str = option("", "text to continue; may be empty, or end inside a word")
+    n: int = option(1, "continuations of each prompt", 1)
+    length: int = option(0, "tokens to write at most; 0: what a training row leaves after the prompt", 0)
+    steps: int = option(50, "Euler steps", 1)
+    cfg: float = option(2.0, "guidance scale; 1: none", 0)
+    seed: int = option(0, "seed of the noise", 0)
+    trace: bool = option(False, "print the text at a few steps of the way from noise")
+    prompts: str = option("", "file of JSON lines with a prompt each, instead of --prompt")
+    output: str = option("", "file to write the same lines to, with the continuation as text")
+    batch_size: int = option(64, "prompts at once", 1)
+    out: str = option("out", "folder of the checkpoints")
+    dit: str = option("", "checkpoint of stage 2 (OUT/dit.pt)")
+    vae: str = option("", "checkpoint of stage 1 (OUT/vae.pt)")
+    gpt: str = option("", "checkpoint of a GPT, to write in the place of TextLDM")
+    temperature: float = option(1.0, "of the GPT; 0: greedy", 0)
+    device: str = option("auto", "cpu, cuda, mps, or auto")
+
+
+def load_models(cfg, device):
+    """(vae, dit, tokenizer) of matching checkpoints."""
+    paths = cfg.vae or f"{cfg.out}/vae.pt", cfg.dit or f"{cfg.out}/dit.pt"
+    v = load_checkpoint(paths[0], "vae", "python train_vae.py makes one")
+    d = load_checkpoint(paths[1], "dit", "python train_dit.py makes one", v["tokenizer"])
+    vae, dit = model_from(TextVAE, VAEConfig, v), model_from(TextDiT, DiTConfig, d)
+    if d["vae"] != vae.z_mean.tolist():
+        raise UserError(f"{paths[1]} was trained on the latents of another VAE than {paths[0]}; name that one with --vae")
+    return vae.to(device), dit.to(device), v["tokenizer"]
+
+
+def read_prompts(cfg):
+    if not cfg.prompts:
+        return [{"prompt": cfg.prompt}]
+    if not Path(cfg.prompts).exists():
+        raise UserError(f"--prompts={cfg.prompts} does not exist")
+    lines = []
+    for i, line in enumerate(Path(cfg.prompts).read_text(encoding="utf-8", errors="replace").splitlines()):
+        try:
+            lines.append(json.loads(line))
+            lines[-1]["prompt"] + ""
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f'{cfg.prompts}, line {i + 1}: expected {{"prompt": "..."}}') from None
+    return lines
+
+
+def fit(prompts, length, block_size):
+    """Cuts prompts that leave no room for `length` new tokens; half a row where no length was asked for."""
+    if length >= block_size:
+        raise UserError(f"--length={length} does not fit the model's rows of {block_size} tokens; at most {block_size - 1}")
+    room = block_size - (length or block_size // 2)
+    for i, prompt in enumerate(prompts):
+        if len(prompt) > room:
+            print(f"warning: prompt {i + 1} has {len(prompt)} tokens, {len(prompt) - room} more than fit; its beginning is cut off",
+                  file=sys.stderr)
+            prompts[i] = prompt[-room:]
+    return prompts
+
+
+@torch.no_grad()
+def generate(gpt, prompts, length, eot, temperature=1.0, seed=0):
+    """Continues prompts (lists of ids, read from an `eot` on) with the autoregressive baseline, token by token,
+    as `continue_texts` does with TextLDM; temperature 0 is greedy."""
+    generator, texts = torch.Generator().manual_seed(seed), []
+    for prompt in prompts:
+        row = [eot, *prompt]
+        while len(row) <= len(prompt) + length and (len(row) == len(prompt) + 1 or row[-1] != eot):
+            x = torch.tensor([row[-gpt.config.block_size:]], device=gpt.wte.weight.device)  # (1, N)
+            logits = gpt(x)[0, -1].float().cpu()                                            # (V,)
+            p = (logits / max(temperature, 1e-9)).softmax(-1)
+            row.append(int(torch.multinomial(p, 1, generator=generator) if temperature else logits.argmax()))
+        texts.append(row[1 + len(prompt):])
+    return texts
+
+
+def main():
+    cfg, = command_line(__doc__, SampleConfig)
+    device, autocast = pick_device(cfg.device)
+    if cfg.gpt:
+        gpt, tokenizer = GPT.from_pretrained(cfg.gpt)
+        gpt, block_size = gpt.to(device), gpt.config.block_size - 1
+    else:
+        vae, dit, tokenizer = load_models(cfg, device)
+        block_size = dit.config.block_size
+    encoding, eot = load_encoding(tokenizer), tokenizer["eot"]
+    lines = [dict(line) for line in read_prompts(cfg) for _ in range(cfg.n)]
+    prompts = fit([encoding.encode_ordinary(line["prompt"]) for line in lines], cfg.length, block_size)
+
+    def show(ids):
+        return encoding.decode([i for i in ids if i != eot])
+
+    def trace(t, texts):
+        print(f"t={t:.3f}  " + "  ".join(repr(show(ids)) for ids in texts))
+
+    texts = []
+    for start in tqdm(range(0, len(prompts), cfg.batch_size), desc="sample", disable=len(prompts) <= cfg.batch_size):
+        some = prompts[start : start + cfg.batch_size]
+        length = cfg.length or block_size - max(map(len, some))
+        with autocast:
+            if cfg.gpt:
+                new = generate(gpt, some, length, eot, cfg.temperature, cfg.seed + start)
+            else:
+                new = continue_texts(vae, dit, some, length, eot, cfg.steps, cfg.cfg, cfg.seed + start, trace if cfg.trace else None)
+        texts += map(show, new)
+    if cfg.output:
+        with open(f"{cfg.output}.tmp", "w", encoding="utf-8") as f:
+            f.writelines(json.dumps(dict(line, text=text), ensure_ascii=False) + "\n" for line, text in zip(lines, texts))
+        os.replace(f"{cfg.output}.tmp", cfg.output)
+    else:
+        for line, text in zip(lines, texts):
+            print(f"{line['prompt']}|{text}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,689 @@
+"""Properties of TextLDM, on CPU, with no network: python -m pytest
+
+Each test guards one thing, and fails when that thing is broken (we broke each once to see).
+"""
+
+import gzip
+import importlib.util
+import json
+import math
+import os
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import textldm
+from sample import generate
+from textldm import (CONTEXT, DIT_PRESETS, GPT, PADDING, TARGET, VAE_PRESETS, Batch, Corpus, DiTConfig, TextDiT, TextVAE,
+                     TrunkConfig, UserError, VAEConfig, continue_texts, euler, flow_loss, guided_velocity, load_checkpoint,
+                     logit_normal, save_checkpoint, teacher_features, velocity_loss)
+
+ROOT = Path(__file__).parent
+EOT, V, C, N = 49, 50, 6, 12
+SMALL = dict(n_layer=2, n_head=2, n_embd=16)
+DOCUMENTS = ["greek small letter alpha", "greek small letter beta", "latin capital letter a with grave",
+             "cyrillic letter zhe", "arabic letter alef", "café ☕ naïve", "one two three four five six"] * 40
+
+
+def randomise(model, seed=0, scale=0.3):
+    """Weights as of a trained model: nothing zero, so that every path matters."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        p.data = scale * torch.randn(p.shape, generator=generator) + (".ln_" in f".{name}" and name.endswith("weight"))
+    return model.eval()
+
+
+def make_batch(rows=4, n=N, seed=0):
+    """Rows of a context, a target, and a tail."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, V - 1, (rows, n), generator=generator)
+    cuts, ends = torch.arange(rows) + 2, n - torch.arange(rows) % 3
+    at = torch.arange(n)
+    tokens[at >= ends[:, None] - 1] = EOT
+    segment = (at >= cuts[:, None]).long()
+    return Batch(tokens, segment, torch.where(at < ends[:, None], 1.0, textldm.TAIL_WEIGHT))
+
+
+@pytest.fixture
+def vae():
+    return randomise(TextVAE(VAEConfig(**SMALL, block_size=N, vocab_size=V, channels=C, teacher_embd=16)))
+
+
+@pytest.fixture
+def dit():
+    return randomise(TextDiT(DiTConfig(**SMALL, block_size=N, channels=C)), scale=0.1)
+
+
+def script(path, *arguments):
+    """Runs a script's main in this process, as the command line would."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    old, sys.argv = sys.argv, [path, *map(str, arguments)]
+    try:
+        textldm.run(module.main)
+    finally:
+        sys.argv = old
+
+
+def jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A small corpus and one checkpoint of each kind, made by the scripts themselves."""
+    home = tmp_path_factory.mktemp("home")
+    jsonl(home / "docs.jsonl", [f"{t} {i}" for i, t in enumerate(DOCUMENTS)])
+    script("data/prepare.py", home / "docs.jsonl", "--out", home / "data", "--encoding=bpe", "--vocab_size=300",
+           "--layout=documents", "--val_fraction=0.2")
+    train(home, "bench/train_gpt.py")
+    train(home, "train_vae.py")
+    train(home, "train_dit.py")
+    return home
+
+
+def train(home, path, *more, steps=4):
+    sizes = [f"--{k}={v}" for k, v in SMALL.items()]
+    script(path, "--data", home / "data", "--out", home / "out", *sizes, f"--max_steps={steps}", "--eval_interval=2",
+           "--batch_size=8", "--log_interval=1", "--device=cpu", *more)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Who sees whom
+
+
+def test_encoder_leaks_nothing_between_context_and_target(vae):
+    tokens, segment, _ = make_batch()
+    z = vae.latents(tokens, segment)
+    for changed, other in ((TARGET, CONTEXT), (CONTEXT, TARGET)):
+        z_2 = vae.latents(torch.where(segment == changed, (tokens + 7) % V, tokens), segment)
+        assert torch.equal(z[segment == other], z_2[segment == other])
+        assert not torch.allclose(z[segment == changed], z_2[segment == changed])
+
+
+def test_one_masked_pass_equals_two_separate_ones(vae):
+    tokens, segment, _ = make_batch()
+    z, logits = vae.latents(tokens, segment), vae.decode(vae.latents(tokens, segment), segment)
+    for i in range(len(tokens)):
+        for part in (CONTEXT, TARGET):
+            at = segment[i] == part
+            alone = tokens[i, at][None]
+            assert torch.allclose(vae.latents(alone, torch.zeros_like(alone)), z[i, at], atol=1e-4)
+            assert torch.allclose(vae.decode(z[i, at][None], torch.zeros_like(alone)), logits[i, at], atol=1e-3)
+
+
+def test_dit_target_sees_context_and_context_is_clean(dit):
+    _, segment, _ = make_batch()
+    x = torch.randn(4, N, C, requires_grad=True)
+    v = dit(x, segment, torch.full((4,), 0.5))
+    grad, = torch.autograd.grad(v[segment == TARGET].sum(), x)
+    assert (grad[segment == CONTEXT] != 0).any(-1).all()
+    noised = {}  # what the DiT is given: context untouched at any t, target noised
+    z_0, eps, t = torch.randn(4, N, C), torch.randn(4, N, C), torch.full((4,), 0.7)
+    velocity_loss(lambda x, s, t: noised.update(x=x) or x, z_0, segment, t, eps)
+    assert torch.equal(noised["x"][segment == CONTEXT], z_0[segment == CONTEXT])
+    assert torch.allclose(noised["x"][segment == TARGET], (0.3 * z_0 + 0.7 * eps)[segment == TARGET])
+
+
+def test_a_dropped_context_is_not_seen(dit):
+    _, segment, _ = make_batch()
+    eps, t, drop = torch.randn(4, N, C), torch.full((4,), 0.6), torch.tensor([True, True, False, False])
+    z_0 = torch.randn(4, N, C)
+    other = torch.where((segment == CONTEXT)[..., None], torch.randn(4, N, C), z_0)
+    a, b = (velocity_loss(dit, z, segment, t, eps, drop)[0] for z in (z_0, other))
+    same = [torch.equal(x[s == TARGET], y[s == TARGET]) for x, y, s in zip(a, b, segment)]
+    assert same == [True, True, False, False]
+
+
+def test_padding_changes_no_number(vae, dit):
+    batch = make_batch()
+    pad = 5
+    padded = Batch(torch.nn.functional.pad(batch.tokens, (0, pad), value=EOT), torch.nn.functional.pad(batch.segment, (0, pad), value=PADDING),
+                   torch.nn.functional.pad(batch.weight, (0, pad)))
+    features = torch.randn(4, N + pad, 16)
+    a, b = vae(batch, features[:, :N]), vae(padded, features)
+    assert all(torch.allclose(a[k], b[k], rtol=1e-4) for k in a), (a, b)
+    eps, t = torch.randn(4, N + pad, C), torch.rand(4)
+    z = vae.latents(*padded[:2])
+    assert torch.allclose(z[:, :N], vae.latents(*batch[:2]), atol=1e-5)
+    error, _ = velocity_loss(dit, z, padded.segment, t, eps)
+    assert torch.allclose(error[:, :N], velocity_loss(dit, z[:, :N], batch.segment, t, eps[:, :N])[0], rtol=1e-4)
+    means = []
+    for b in (batch, padded):
+        vae.standardise([b])
+        means.append(torch.cat((vae.z_mean, vae.z_std)))
+    assert torch.allclose(*means, atol=1e-5)
+
+
+def test_reports_count_up_to_the_first_end_of_text_only(vae):
+    batch = make_batch()
+    report = vae(batch)
+    tokens = torch.where(batch.weight == 1, batch.tokens, 3)  # other tokens in the tail, and their own text
+    logits = vae.decode(vae.posterior(*batch[:2])[0], batch.segment)
+    counted = batch.weight == 1
+    assert report["accuracy"].item() == pytest.approx((logits.argmax(-1) == tokens)[counted].float().mean().item())
+    assert (batch.tokens[~counted] == EOT).all() and (batch.tokens == EOT)[counted].sum() == 4
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The losses
+
+
+def test_vae_loss_is_ce_plus_kl_minus_cosine(vae):
+    batch = make_batch()
+    features = torch.randn(4, N, 16)
+    mu, logvar, h = vae.posterior(*batch[:2])
+    kl = torch.distributions.kl_divergence(torch.distributions.Normal(mu, (0.5 * logvar).exp()),
+                                           torch.distributions.Normal(torch.zeros_like(mu), torch.ones_like(mu))).sum(-1)
+    report = vae(batch, features)
+    assert report["kl"].item() == pytest.approx(kl[batch.weight == 1].mean().item(), rel=1e-4)
+    batch = batch._replace(weight=(batch.weight == 1).float())
+    report = {k: v.item() for k, v in vae(batch, features, beta=0.25).items()}
+    assert report["loss"] == pytest.approx(report["ce"] + 0.25 * report["kl"] - report["cos"], rel=1e-4)
+
+
+def test_repa_is_a_cosine_of_standardised_features(vae):
+    h = torch.randn(2, N, 16)
+    vae.teacher_mean.normal_()
+    vae.teacher_std.uniform_(0.5, 2)
+    with torch.no_grad():
+        same = vae.to_teacher(h) * vae.teacher_std + vae.teacher_mean
+    assert torch.allclose(vae.alignment(h, same), torch.ones(2, N), atol=1e-5)
+    assert torch.allclose(vae.alignment(h, same * 3 - 2 * vae.teacher_mean), torch.ones(2, N), atol=1e-5)  # scale-free
+
+
+def test_the_teacher_receives_no_gradient(vae):
+    teacher = randomise(GPT(TrunkConfig(**SMALL, block_size=N + 1, vocab_size=V)))
+    features = teacher_features(teacher, make_batch().tokens, EOT)
+    assert not features.requires_grad
+    features = features.detach().requires_grad_()
+    vae(make_batch(), features)["loss"].backward()
+    assert features.grad is None and vae.wte.weight.grad.abs().sum() > 0
+    assert vae.to_teacher.weight.grad.abs().sum() > 0
+
+
+def test_teacher_features_are_third_to_last_and_aligned():
+    teacher = randomise(GPT(TrunkConfig(n_layer=5, n_head=2, n_embd=16, block_size=N + 1, vocab_size=V)))
+    tokens = make_batch().tokens
+    features = teacher_features(teacher, tokens, EOT)
+    whole = teacher.hidden_states(torch.cat((torch.full((4, 1), EOT), tokens), 1), 3)  # blocks 3, 4, 5: the third from the end
+    assert torch.equal(features, whole[:, 1:])
+
+
+def test_standardised_latents_have_mean_0_and_std_1(vae):
+    batches = [make_batch(64, seed=i) for i in range(4)]
+    vae.standardise(batches)
+    z = torch.cat([vae.latents(b.tokens, b.segment)[b.weight == 1] for b in batches])
+    assert z.mean(0).abs().max() < 1e-4 and (z.std(0) - 1).abs().max() < 1e-3
+
+
+def test_an_untrained_dit_predicts_zero(vae):
+    dit = TextDiT(DiTConfig(**SMALL, channels=C))
+    z_0, eps, segment = torch.randn(4, N, C), torch.randn(4, N, C), make_batch().segment
+    error, guess = velocity_loss(dit, z_0, segment, torch.rand(4), eps)
+    assert torch.allclose(error, (eps - z_0).square().mean(-1))
+
+
+def test_an_exact_velocity_has_no_loss_and_gives_back_the_data():
+    z_0, eps, segment = torch.randn(4, N, C), torch.randn(4, N, C), torch.full((4, N), TARGET)
+    t = torch.tensor([0.1, 0.5, 0.9, 1.0])
+    error, guess = velocity_loss(lambda x, s, t: (x - z_0) / t[:, None, None], z_0, segment, t, eps)
+    assert error.max() < 1e-8 and torch.allclose(guess, z_0, atol=1e-5)
+
+
+def test_flow_loss_learns_from_targets_alone(vae, dit):
+    """The gradient does not depend on what is asked of context positions; the report leaves out the tail."""
+    batch = make_batch()
+    loss = flow_loss(dit, vae, batch, dit.config, torch.Generator().manual_seed(0))
+    all_context = batch._replace(weight=torch.where(batch.segment == CONTEXT, 100.0, batch.weight))
+    assert torch.equal(flow_loss(dit, vae, all_context, dit.config, torch.Generator().manual_seed(0))["loss"], loss["loss"])
+    no_tail = batch._replace(weight=(batch.weight == 1).float())
+    assert flow_loss(dit, vae, no_tail, dit.config, torch.Generator().manual_seed(0))["loss"].item() == pytest.approx(loss["flow"].item())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The sampler
+
+
+def test_guidance_scale_1_is_the_conditional_model_and_0_the_unconditional(dit):
+    _, segment, _ = make_batch()
+    context, z, t = torch.randn(4, N, C), torch.randn(4, N, C), torch.tensor(0.4)
+    is_target = (segment == TARGET)[..., None]
+    conditional = dit(torch.where(is_target, z, context), segment, t.expand(4))
+    unconditional = dit(torch.where(is_target, z, 0.0), segment, t.expand(4))
+    assert not torch.allclose(conditional, unconditional, atol=1e-3)
+    for scale, v in ((1, conditional), (1 + 1e-7, conditional), (0, unconditional), (3, unconditional + 3 * (conditional - unconditional))):
+        assert torch.allclose(guided_velocity(dit, context, segment, scale)(z, t), v, atol=1e-4), scale
+
+
+def test_euler_integrates_a_constant_velocity_exactly():
+    v, z = torch.randn(2, N, C), torch.randn(2, N, C)
+    for steps in (1, 7, 50):
+        times = logit_normal(torch.linspace(1, 0, steps + 1), DiTConfig())
+        assert times[0] == 1 and times[-1] == 0 and (times.diff() < 0).all()
+        assert torch.allclose(euler(lambda z, t: v, z, times), z - v, atol=1e-5)
+
+
+def test_euler_error_halves_when_steps_double():
+    """Data N(m, s^2): z_t is normal with variance q = ((1-t)s)^2 + t^2, so E[eps - z_0 | z_t] is linear in z_t, and
+    the flow takes eps to m + s eps."""
+    m, s = 0.7, 0.4
+    eps = torch.linspace(-2, 2, 41, dtype=torch.float64)
+
+    def velocity(z, t):
+        q = ((1 - t) * s) ** 2 + t**2
+        return -m + (t - (1 - t) * s**2) / q * (z - (1 - t) * m)
+
+    errors = []
+    for steps in (50, 100, 200, 400):
+        times = logit_normal(torch.linspace(1, 0, steps + 1), DiTConfig()).double()
+        errors.append((euler(velocity, eps, times) - (m + s * eps)).abs().max().item())
+    ratios = [a / b for a, b in zip(errors, errors[1:])]
+    assert errors[0] < 0.1 and all(1.6 < r < 2.4 for r in ratios), (errors, ratios)
+
+
+def test_sampling_grid_follows_the_training_times():
+    config = DiTConfig(t_mean=0.8, t_std=0.7)
+    times = logit_normal(torch.linspace(1, 0, 101), config)[1:-1]
+    logits = (torch.logit(times.double()) - 0.8) / 0.7
+    assert torch.allclose(logits, torch.special.ndtri(torch.linspace(1, 0, 101).double())[1:-1], atol=1e-3)
+
+
+def test_same_seed_same_text_whatever_the_neighbours(vae, dit):
+    prompts = [[1, 2, 3], [4], []]
+    text = continue_texts(vae, dit, prompts, 6, EOT, steps=5, seed=3)
+    assert text == continue_texts(vae, dit, prompts, 6, EOT, steps=5, seed=3)
+    assert text != continue_texts(vae, dit, prompts, 6, EOT, steps=5, seed=4)
+    assert text[:1] == continue_texts(vae, dit, prompts[:1] + [[5, 6, 7, 8, 9, 10]], 6, EOT, steps=5, seed=3)[:1]
+
+
+def test_texts_stop_at_the_end_of_text(vae, dit):
+    vae.read = lambda z, segment: torch.tensor([[1, 2, 3, EOT, 5, EOT], [1, 2, 3, 4, 5, 6]])
+    assert continue_texts(vae, dit, [[7], [7]], 5, EOT, steps=2) == [[2, 3, EOT], [2, 3, 4, 5, 6]]
+
+
+def test_the_callback_sees_the_way_from_noise(vae, dit):
+    seen = []
+    text = continue_texts(vae, dit, [[1, 2]], 6, EOT, steps=8, callback=lambda t, texts: seen.append((t, texts)))
+    assert [t for t, _ in seen] == sorted((t for t, _ in seen), reverse=True) and seen[0][0] == 1 and len(seen) == 8
+    assert seen[-1][1] == text  # the last step goes where the last velocity points
+
+
+def test_times_are_told_apart():
+    dit = randomise(TextDiT(DiTConfig(**SMALL, channels=C)))
+    a, b = dit.time_embedding(torch.tensor([0.1, 0.12]))
+    assert not torch.allclose(a, b, rtol=0.01)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# GPT
+
+
+def test_attention_is_softmax_attention():
+    attention = randomise(textldm.Attention(16, 2))
+    x = torch.randn(3, N, 16)
+    q, k, v = (y.view(3, N, 2, 8).transpose(1, 2) for y in attention.c_attn(x).split(16, -1))
+    scores = (q @ k.mT / math.sqrt(8)).masked_fill(torch.ones(N, N).triu(1).bool(), -math.inf)
+    y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(3, N, 16)
+    assert torch.allclose(attention(x, causal=True), attention.c_proj(y), atol=1e-4)
+
+
+def test_rotary_attention_sees_distances_only():
+    x = torch.randn(1, 2, N, 8)
+    cos, sin = textldm.rotary(N + 3, 8, "cpu")
+    q = k = x
+    near = textldm.rotate(q, (cos[:N], sin[:N])) @ textldm.rotate(k, (cos[:N], sin[:N])).mT
+    far = textldm.rotate(q, (cos[3:], sin[3:])) @ textldm.rotate(k, (cos[3:], sin[3:])).mT
+    assert torch.allclose(near, far, atol=1e-4) and not torch.allclose(near, q @ k.mT, atol=1e-2)
+
+
+def test_gpt_loads_hugging_face_layout(tmp_path):
+    gpt = randomise(GPT(TrunkConfig(n_layer=3, n_head=4, n_embd=32, block_size=20, vocab_size=V)))
+    state = {f"transformer.{k}": v.T.contiguous() if ".c_" in k and v.dim() == 2 else v for k, v in gpt.state_dict().items()}
+    state |= {"lm_head.weight": gpt.wte.weight, "transformer.h.0.attn.bias": torch.ones(1, 1, 20, 20)}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text('{"n_head": 4}')
+    loaded, tokenizer = GPT.from_pretrained(tmp_path)
+    tokens = torch.randint(0, V, (2, 20))
+    assert torch.equal(loaded(tokens), gpt(tokens)) and tokenizer["eot"] == V - 1
+
+
+def test_gpt_equals_hugging_face(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=4, n_head=4, n_embd=64, n_positions=48, vocab_size=300, initializer_range=0.2)
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path)  # model.safetensors
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    tokens = torch.randint(0, 300, (3, 48))
+    with torch.no_grad():
+        out = theirs(tokens, output_hidden_states=True)
+        for source in (tmp_path, tmp_path / "pytorch_model.bin"):
+            ours, _ = GPT.from_pretrained(source)
+            difference = (ours(tokens) - out.logits).abs().max().item()
+            assert difference < 1e-4 * out.logits.abs().max(), difference
+            assert torch.allclose(ours.hidden_states(tokens, 2), out.hidden_states[2], atol=1e-3)
+    greedy = theirs.generate(tokens[:1, :5], max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=299)
+    mine = generate(ours, [tokens[0, 1:5].tolist()], 20, int(tokens[0, 0]), temperature=0)[0]
+    n = min(len(mine), 20)
+    assert mine[: n - 1] == greedy[0, 5 : 5 + n - 1].tolist()
+    with capsys.disabled():
+        print(f"\nlargest difference from Hugging Face's logits: {difference:.2e} of {out.logits.abs().max():.1f}")
+
+
+def test_gpt_is_causal_and_stops():
+    gpt = randomise(GPT(TrunkConfig(**SMALL, block_size=N, vocab_size=V)))
+    tokens = make_batch().tokens
+    changed = tokens.clone()
+    changed[:, 6:] = (changed[:, 6:] + 1) % V
+    assert torch.equal(gpt(tokens)[:, :6], gpt(changed)[:, :6]) and not torch.allclose(gpt(tokens)[:, 6:], gpt(changed)[:, 6:])
+    texts = generate(gpt, [[1, 2], []] * 10, 30, EOT)  # longer than block_size: the window slides
+    assert all(EOT not in t[:-1] and (len(t) == 30 or t[-1] == EOT) for t in texts)
+    assert texts == generate(gpt, [[1, 2], []] * 10, 30, EOT) != generate(gpt, [[1, 2], []] * 10, 30, EOT, seed=1)
+
+
+@pytest.mark.parametrize("size, millions", [("small", 114), ("medium", 328), ("large", 768)])
+def test_presets_have_the_papers_sizes(size, millions):
+    def make(cls, config_cls, preset):
+        names = {f.name for f in textldm.dataclasses.fields(config_cls)}
+        with torch.device("meta"):
+            return cls(config_cls(**{"vocab_size": 10, **{k: v for k, v in preset.items() if k in names}}))
+    dit = make(TextDiT, DiTConfig, {**DIT_PRESETS[size], "channels": 64})
+    assert sum(p.numel() for p in dit.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)
+    vae = make(TextVAE, VAEConfig, VAE_PRESETS[size])
+    assert sum(p.numel() for t in (vae.encoder, vae.decoder) for p in t.parameters()) / 1e6 == pytest.approx(127, rel=0.02)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Data
+
+
+def read_back(folder):
+    """All documents of a prepared folder, as bytes."""
+    texts = []
+    for split in ("train", "val"):
+        corpus = Corpus(folder, split)
+        for document in np.split(corpus.tokens, np.flatnonzero(corpus.tokens == corpus.eot) + 1)[:-1]:
+            texts.append(corpus.encoding.decode_bytes(document[:-1].tolist()))
+    return texts
+
+
+def any_text(rng, n):
+    """Any valid Unicode but surrogates."""
+    points = rng.choice([0x80, 0x800, 0x10000, 0x110000], n)
+    points = [int(rng.integers(p)) for p in points]
+    return "".join(chr(p) for p in points if not 0xD800 <= p < 0xE000)
+
+
+@pytest.mark.parametrize("encoding", ["bpe", "gpt2"])
+def test_prepare_gives_back_any_text(tmp_path, encoding):
+    if encoding == "gpt2":
+        try:
+            textldm.load_encoding({"encoding": "gpt2"})
+        except UserError:
+            pytest.skip("GPT-2's BPE is not in tiktoken's cache, and there is no network")
+    rng = np.random.default_rng(0)
+    texts = [any_text(rng, 50) for _ in range(200)] + ["a\r\nb\x00c\u2028d \n\n ", "<|endoftext|>", " ", "\n", "lone \ud800 half"] + DOCUMENTS[:7]
+    jsonl(tmp_path / "in.jsonl", texts)
+    script("data/prepare.py", tmp_path / "in.jsonl", "--out", tmp_path / "out", f"--encoding={encoding}", "--vocab_size=280", "--val_fraction=0.3")
+    assert sorted(read_back(tmp_path / "out")) == sorted(t.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode() for t in texts)
+
+
+def test_every_format_gives_the_same_corpus(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    plain = "".join(json.dumps({"text": f"{t} {i}"}) + "\n" for i, t in enumerate(DOCUMENTS)).encode()
+    frames = zstandard.compress(plain[:5000]) + zstandard.compress(plain[5000:])  # archives are often appended to
+    files = {"a.jsonl": plain, "b.jsonl.gz": gzip.compress(plain), "c.jsonl.zst": frames}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    with tarfile.open(tmp_path / "d.tar", "w") as tar:
+        tar.add(tmp_path / "c.jsonl.zst", "openwebtext2/c.jsonl.zst")
+    metas = []
+    for name in [*files, "d.tar"]:
+        script("data/prepare.py", tmp_path / name, "--out", tmp_path / "out", "--encoding=bpe", "--vocab_size=280", "--val_fraction=0.2")
+        metas.append((json.loads((tmp_path / "out/meta.json").read_text())["sha256"], (tmp_path / "out/train.bin").read_bytes()))
+    assert all(m == metas[0] for m in metas)
+
+
+def test_the_split_depends_on_the_text_alone(tmp_path):
+    texts = [f"document {i}" for i in range(300)]
+    vals = []
+    for k, order in enumerate((texts, texts[::-1])):
+        jsonl(tmp_path / f"{k}.jsonl", order)
+        script("data/prepare.py", tmp_path / f"{k}.jsonl", "--out", tmp_path / str(k), "--encoding=bpe", "--vocab_size=270", "--val_fraction=0.2")
+        corpus = Corpus(tmp_path / str(k), "val")
+        vals.append(sorted(corpus.encoding.decode(corpus.tokens.tolist()).split("<|endoftext|>")))
+    assert vals[0] == vals[1] and 30 < len(vals[0]) < 90
+
+
+def test_text_files_and_val_files(tmp_path):
+    (tmp_path / "txt").mkdir()
+    for i in range(5):
+        (tmp_path / "txt" / f"{i}.txt").write_bytes(f"file {i} äöü\r\n\n".encode() * 9)
+    (tmp_path / "val.txt").write_text("file of val")
+    script("data/prepare.py", tmp_path / "txt", "--val", tmp_path / "val.txt", "--out", tmp_path / "out", "--encoding=bpe", "--vocab_size=264")
+    assert read_back(tmp_path / "out") == [f"file {i} äöü\r\n\n".encode() * 9 for i in range(5)] + [b"file of val"]
+
+
+def test_names_and_docs_are_those_of_lab():
+    spec = importlib.util.spec_from_file_location("prepare", ROOT / "data/prepare.py")
+    prepare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(prepare)
+    import unicodedata
+    names = list(prepare.names())
+    assert len(set(names)) == len(names) > 25000 and "greek small letter alpha" in names
+    if unicodedata.unidata_version == "14.0.0":
+        assert len(names) == 26015
+    assert prepare.is_prose("Return the height of the figure.") and not prepare.is_prose("return the height of the figure.")
+    assert not prepare.is_prose("Return x[0] + y[1] * (z - 2).") and not prepare.is_prose("Too short.")
+
+
+def test_nanogpt_bins_are_gpt2_streams(tmp_path, monkeypatch):
+    np.arange(1000, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    monkeypatch.setattr(textldm, "load_encoding", lambda tokenizer: tokenizer)
+    corpus = Corpus(tmp_path, "train")
+    assert corpus.encoding["encoding"] == "gpt2" and corpus.is_stream
+    batch = corpus.batch(np.random.default_rng(0), 16, 32, cut_words=False)
+    assert (batch.tokens.diff(dim=1) == 1).all() and len(set(batch.tokens[:, 0].tolist())) > 8 and (batch.weight == 1).all()
+
+
+def test_rows_are_documents_cut_anywhere(home):
+    corpus = Corpus(home / "data", "train")
+    documents = set(corpus.encoding.decode(corpus.tokens.tolist()).split("<|endoftext|>"))
+    tokens, segment, weight = corpus.batch(np.random.default_rng(0), 500, 64)
+    empty = inside = 0
+    for row, s, w in zip(tokens, segment, weight):
+        n = row.tolist().index(corpus.eot) + 1
+        assert (w[:n] == 1).all() and (w[n:] == textldm.TAIL_WEIGHT).all() and (row[n:] == corpus.eot).all()
+        context, target = (corpus.encoding.decode(row[:n - 1][s[:n - 1] == k].tolist()) for k in (CONTEXT, TARGET))
+        assert context + target in documents  # cutting words loses no character
+        assert corpus.encoding.encode_ordinary(context) == row[s == CONTEXT].tolist()  # and reads as a prompt would
+        empty += not context
+        inside += context[-1:].isalpha() and target[:1].isalpha()
+    assert empty > 40 and inside > 100
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The scripts, and what they make of bad input
+
+
+def test_resume_equals_no_interruption(home, tmp_path, monkeypatch):
+    for path, stage in (("bench/train_gpt.py", "gpt"), ("train_vae.py", "vae"), ("train_dit.py", "dit")):
+        whole = load_checkpoint(home / f"out/{stage}_last.pt", stage, "")
+        calls, batch = [], Corpus.batch
+
+        def interrupted(self, rng, B, *rest, **more):
+            calls.append(B)
+            if calls.count(8) > 3:
+                raise KeyboardInterrupt
+            return batch(self, rng, B, *rest, **more)
+
+        with monkeypatch.context() as m:
+            m.setattr(Corpus, "batch", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                train(home, path)
+        assert load_checkpoint(home / f"out/{stage}_last.pt", stage, "")["step"] == 2
+        train(home, path, "--resume")
+        resumed = load_checkpoint(home / f"out/{stage}_last.pt", stage, "")
+        for part in ("model", "average"):
+            assert all(torch.equal(whole[part][k], resumed[part][k]) for k in whole[part]), (stage, part)
+        assert str(whole["optimizer"]) == str(resumed["optimizer"]) and resumed["step"] == 4
+
+
+def test_training_learns_and_remembers(home):
+    lines = [json.loads(line) for line in (home / "out/vae.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in lines if "loss" in line} == {1, 2, 3, 4}
+    assert {"ce", "kl", "cos", "accuracy", "norm", "lr"} <= lines[1].keys()
+    config = TrunkConfig(**SMALL, block_size=N + 1, vocab_size=V)
+    gpt = GPT(config)
+    tokens = make_batch().tokens
+    optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-2)
+    for _ in range(150):  # one batch is learnt by heart
+        loss = torch.nn.functional.cross_entropy(gpt(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.5
+
+
+def test_sample_writes_continues_and_warns(home, tmp_path, capsys):
+    def sample(*more):
+        script("sample.py", "--out", home / "out", "--steps=3", "--device=cpu", *more)
+        return capsys.readouterr()
+    out = sample("--prompt=greek sm", "--n=3", "--seed=5").out
+    assert out.count("greek sm|") == 3 and out == sample("--prompt=greek sm", "--n=3", "--seed=5").out
+    assert sample("--prompt=greek", "--trace").out.count("t=") == 3
+    assert "tokens, " in (warned := sample("--prompt=" + "greek " * 99)).err and "|" in warned.out
+    assert "|" in sample("--prompt=greek", f"--gpt={home / 'out/gpt.pt'}").out
+    (tmp_path / "in.jsonl").write_text('{"prompt": "greek", "id": 1}\n{"prompt": "", "id": 2}\n')
+    sample(f"--prompts={tmp_path / 'in.jsonl'}", f"--output={tmp_path / 'out.jsonl'}", "--batch_size=1")
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == [1, 2] and all(isinstance(line["text"], str) for line in lines)
+
+
+def test_missing_packages_are_one_sentence(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    (tmp_path / "a.jsonl.zst").write_bytes(b"x")
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    refuse(capsys, "pip install zstandard", "data/prepare.py", tmp_path / "a.jsonl.zst", "--out", tmp_path / "out", "--encoding=bpe")
+    refuse(capsys, "pip install safetensors", "train_vae.py", "--data", home / "data", "--out", tmp_path, "--teacher", tmp_path)
+
+
+def snapshot(folder):
+    return {p: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def refuse(capsys, words, path, *arguments, keep=None):
+    """The script ends with code 2 and one line with these words, and changes no file under keep."""
+    before = keep and snapshot(keep)
+    with pytest.raises(SystemExit) as e:
+        script(path, *arguments)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert e.value.code == 2 and words in error and "error:" in error and "Traceback" not in error, error
+    assert keep is None or snapshot(keep) == before
+
+
+def copy_of(home, tmp_path):
+    import shutil
+    shutil.copytree(home, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_bad_data_is_refused(home, tmp_path, capsys):
+    home = copy_of(home, tmp_path)
+    scripts = ("bench/train_gpt.py", "train_vae.py", "train_dit.py")
+    for path in scripts:
+        refuse(capsys, "missing or empty; python data/prepare.py", path, "--data", tmp_path / "nowhere", "--out", home / "out", keep=home)
+    good = snapshot(home / "data")
+
+    def broken(name, data, words):
+        (home / "data" / name).write_bytes(data)
+        for path in scripts:
+            refuse(capsys, words, path, "--data", home / "data", "--out", home / "out", "--device=cpu", keep=home)
+        for p, old in good.items():
+            p.write_bytes(old)
+
+    train_bin, meta = (good[home / "data" / n] for n in ("train.bin", "meta.json"))
+    broken("train.bin", b"", "missing or empty")
+    broken("train.bin", train_bin[:-1], "no whole number")
+    broken("train.bin", b"\xff\xff" * 20 + b"\x2b\x01" * 99, "beyond its vocabulary")
+    broken("train.bin", b"\x01\x00" * 50, "less than one row")
+    broken("meta.json", meta[:-20], "meta.json is damaged")
+    broken("meta.json", meta.replace(b'"eot"', b'"eos"'), "meta.json is damaged")
+    broken("meta.json", meta.replace(b'"documents",', b'"stream",').replace(b'"longest"', b'"x"'), "less than one row") if len(train_bin) < 128 else None
+
+
+def test_bad_sources_are_refused(tmp_path, capsys):
+    zstandard = pytest.importorskip("zstandard")
+    out = tmp_path / "out"
+    jsonl(tmp_path / "good.jsonl", DOCUMENTS)
+    script("data/prepare.py", tmp_path / "good.jsonl", "--out", out, "--encoding=bpe", "--vocab_size=280", "--val_fraction=0.2")
+    lines = (tmp_path / "good.jsonl").read_bytes()
+    random = np.random.default_rng(0).bytes(300000).hex().encode()  # so that the compressed file is large
+    files = {
+        "cut.jsonl.zst": (zstandard.compress(lines + random)[:-100], "broken or cut off"),
+        "bad.jsonl.zst": (b"not zstandard at all", "broken or cut off"),
+        "cut.jsonl.gz": (gzip.compress(lines + random)[:-100], "broken or cut off"),
+        "bad.jsonl.gz": (b"not gzip at all", "broken or cut off"),
+        "bad.tar": (b"not a tar at all" * 99, "broken or cut off"),
+        "none.jsonl": (b'{"txt": "wrong field"}\nnot json\n[1]\n{"text": 3}\n\n', "no usable document"),
+        "empty.jsonl": (b"", "no usable document"),
+        "one.jsonl": (b'{"text": "one one one one"}\n', "no document fell to"),
+    }
+    for name, (data, words) in files.items():
+        (tmp_path / name).write_bytes(data)
+        refuse(capsys, words, "data/prepare.py", tmp_path / name, "--out", out, "--encoding=bpe", "--vocab_size=259", keep=out)
+    refuse(capsys, "missing", "data/prepare.py", tmp_path / "nothing.jsonl", "--out", out, keep=out)
+    refuse(capsys, "too small for --vocab_size", "data/prepare.py", tmp_path / "one.jsonl", "--out", tmp_path / "new", "--encoding=bpe")
+    refuse(capsys, "--val_fraction", "data/prepare.py", tmp_path / "good.jsonl", "--out", out, "--val_fraction=2", keep=out)
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "some.jsonl").write_bytes(b"nonsense\n" + lines)  # single bad lines are skipped and counted
+    script("data/prepare.py", tmp_path / "some.jsonl", "--out", out, "--encoding=bpe", "--vocab_size=280", "--val_fraction=0.2")
+    assert "skipped 1 unusable line" in capsys.readouterr().out
+
+
+def test_bad_checkpoints_are_refused(home, tmp_path, capsys):
+    home = copy_of(home, tmp_path)
+    out, data = home / "out", ["--data", home / "data", "--out", home / "out", "--device=cpu"]
+    (out / "cut.pt").write_bytes((out / "vae.pt").read_bytes()[:-1000])
+    (out / "code.pt").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    for bad, words in (("cut.pt", "no whole checkpoint"), ("code.pt", "no whole checkpoint"), ("none.pt", "missing; python"),
+                       ("gpt.pt", "where a vae is needed")):
+        refuse(capsys, words, "train_dit.py", *data, "--vae", out / bad, keep=home)
+        refuse(capsys, words, "sample.py", "--out", out, "--vae", out / bad, keep=home)
+    for bad, words in (("cut.pt", "no whole checkpoint"), ("none.pt", "missing; python bench/train_gpt.py"), ("vae.pt", "where a gpt is needed")):
+        refuse(capsys, words, "train_vae.py", *data, "--teacher", out / bad, keep=home)
+    torch.save({"some": torch.ones(3)}, out / "other.bin")
+    refuse(capsys, "Hugging Face", "train_vae.py", *data, "--teacher", out / "other.bin", keep=home)
+    # another VAE than the DiT's, of the same sizes
+    state = load_checkpoint(out / "vae.pt", "vae", "")
+    state["model"]["z_mean"] += 1
+    save_checkpoint(out / "vae2.pt", **state)
+    refuse(capsys, "another VAE", "sample.py", "--out", out, "--vae", out / "vae2.pt", keep=home)
+    # another vocabulary
+    script("data/prepare.py", home / "docs.jsonl", "--out", home / "data2", "--encoding=bpe", "--vocab_size=290", "--layout=documents", "--val_fraction=0.2")
+    other = ["--data", home / "data2", "--out", out, "--device=cpu"]
+    refuse(capsys, "another vocabulary", "train_dit.py", *other, keep=home)
+    refuse(capsys, "different tokenizers", "train_vae.py", *other, keep=home)
+    refuse(capsys, "another vocabulary", "bench/train_gpt.py", *other, "--resume", keep=home)
+    refuse(capsys, "other sizes", "bench/train_gpt.py", *data, "--resume", "--n_layer=1", keep=home)
+
+
+def test_bad_options_are_refused(home, tmp_path, capsys):
+    data = ["--data", home / "data", "--out", home / "out"]
+    for option in ("--max_steps=0", "--max_steps=many", "--beta=-1", "--no_such_option=1", "--preset=huge", "--batch_size=1.5", "--device=tpu9"):
+        refuse(capsys, "--device" if "device" in option else "argument" if "=" in option else option, "train_vae.py", *data, option, keep=home) \
+            if option not in ("--max_steps=0", "--beta=-1", "--no_such_option=1") else \
+            refuse(capsys, option.split("=")[0], "train_vae.py", *data, option, keep=home)
+    for option in ("--n=0", "--steps=0", "--length=-1", "--length=1000", "--cfg=nan"):
+        refuse(capsys, option.split("=")[0], "sample.py", "--out", home / "out", option)
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    refuse(capsys, "line 2", "sample.py", "--out", home / "out", f"--prompts={tmp_path / 'bad.jsonl'}")
+    refuse(capsys, "does not exist", "sample.py", "--out", home / "out", f"--prompts={tmp_path / 'none.jsonl'}")

@@ -1,0 +1,64 @@
+"""Stage 1: trains the VAE, its encoder aligned to a frozen GPT.
+
+    python train_vae.py                                        # the embedded names, after bench/train_gpt.py
+    python train_vae.py --data=data/owt2 --preset=small --teacher=gpt2 --out=out/owt2
+
+Watch `accuracy`: it should pass 99% of val tokens. `active` counts the channels in use, `cosine` is REPA's.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from textldm import (GPT, VAE_PRESETS, Corpus, TextVAE, TrainConfig, UserError, VAEConfig, command_line, option,
+                     pick_device, run, teacher_features, train, val_batches)
+
+
+@dataclass
+class Stage1:
+    teacher: str = option("", "frozen GPT for REPA: a checkpoint, gpt2 (or its larger ones), a Hugging Face folder, or none (OUT/gpt.pt)")
+
+
+def main():
+    config, cfg, stage = command_line(__doc__, VAEConfig, TrainConfig, Stage1, presets=VAE_PRESETS)
+    corpus, val = Corpus(cfg.data, "train"), Corpus(cfg.data, "val")
+    device, autocast = pick_device(cfg.device)
+    config.vocab_size, config.block_size = corpus.meta["vocab_size"], corpus.fit(config.block_size)
+    teacher, source = None, stage.teacher or f"{cfg.out}/gpt.pt"
+    if source != "none":
+        teacher, tokenizer = GPT.from_pretrained(source)
+        if tokenizer != corpus.tokenizer:
+            raise UserError(f"the teacher {source} and {cfg.data} have different tokenizers; "
+                            "train one on this data with bench/train_gpt.py, or use --teacher=none")
+        teacher = teacher.to(device).requires_grad_(False)
+        config.teacher_embd = teacher.config.n_embd
+        config.block_size = min(config.block_size, teacher.config.block_size - 1)  # room for its end-of-text token
+    torch.manual_seed(cfg.seed)
+    vae = TextVAE(config).to(device)
+    features = lambda batch: None if teacher is None else teacher_features(teacher, batch.tokens, corpus.eot)
+    sample = val_batches(corpus, config.block_size, device, n=16)  # of training data, for statistics
+    if teacher is not None:
+        with autocast:
+            f = torch.cat([features(b)[b.weight == 1] for b in sample]).float()  # (tokens, E_teacher)
+        vae.teacher_mean.copy_(f.mean(0))
+        vae.teacher_std.copy_(f.std(0).clamp(min=1e-6))
+
+    def loss_of(net, batch, generator, step):
+        beta = config.beta * min(step / max(config.beta_warmup, 1), 1)
+        return net(batch, features(batch), beta, generator)
+
+    @torch.no_grad()
+    def evaluate(vae):
+        active = vae.standardise(sample)
+        rows = [vae(b, features(b)) for b in val_batches(val, config.block_size, device)]
+        mean = {k: sum(r[k].item() for r in rows) / len(rows) for k in rows[0]}
+        tqdm.write(f"val: accuracy {mean['accuracy']:.4f}, KL {mean['kl']:.1f} nats a token, {active} of {config.channels} "
+                   f"channels active, REPA cosine {mean['cos']:.3f}, loss {mean['loss']:.4f}")
+        return dict(mean, active=active)
+
+    train("vae", cfg, vae, corpus, loss_of, evaluate)
+
+
+if __name__ == "__main__":
+    run(main)
