@@ -39,9 +39,9 @@ class SampleConfig:
     device: str = option("auto", "cpu, cuda, mps, or auto")
 
 
-def load_models(cfg, device):
+def load_models(options, device):
     """(vae, dit, tokenizer) of matching checkpoints."""
-    paths = cfg.vae or f"{cfg.out}/vae.pt", cfg.dit or f"{cfg.out}/dit.pt"
+    paths = options.vae or f"{options.out}/vae.pt", options.dit or f"{options.out}/dit.pt"
     v = load_checkpoint(paths[0], "vae", "python train_vae.py makes one")
     d = load_checkpoint(paths[1], "dit", "python train_dit.py makes one", v["tokenizer"])
     vae, dit = model_from(TextVAE, VAEConfig, v), model_from(TextDiT, DiTConfig, d)
@@ -50,18 +50,20 @@ def load_models(cfg, device):
     return vae.to(device), dit.to(device), v["tokenizer"]
 
 
-def read_prompts(cfg):
-    if not cfg.prompts:
-        return [{"prompt": cfg.prompt}]
-    if not Path(cfg.prompts).exists():
-        raise UserError(f"--prompts={cfg.prompts} does not exist")
+def read_prompts(options):
+    if not Path(options.output or ".").resolve().parent.is_dir():
+        raise UserError(f"the folder of --output={options.output} does not exist; make it first")
+    if not options.prompts:
+        return [{"prompt": options.prompt}]
+    if not Path(options.prompts).exists():
+        raise UserError(f"--prompts={options.prompts} does not exist")
     lines = []
-    for i, line in enumerate(Path(cfg.prompts).read_text(encoding="utf-8", errors="replace").splitlines()):
+    for i, line in enumerate(Path(options.prompts).read_text(encoding="utf-8", errors="replace").strip("\n").split("\n")):
         try:
             lines.append(json.loads(line))
             lines[-1]["prompt"] + ""
         except (ValueError, KeyError, TypeError):
-            raise UserError(f'{cfg.prompts}, line {i + 1}: expected {{"prompt": "..."}}') from None
+            raise UserError(f'{options.prompts}, line {i + 1}: expected {{"prompt": "..."}}') from None
     return lines
 
 
@@ -95,38 +97,41 @@ def generate(gpt, prompts, length, eot, temperature=1.0, seed=0):
 
 
 def main():
-    cfg, = command_line(__doc__, SampleConfig)
-    device, autocast = pick_device(cfg.device)
-    if cfg.gpt:
-        gpt, tokenizer = GPT.from_pretrained(cfg.gpt)
+    options, = command_line(__doc__, SampleConfig)
+    device, autocast = pick_device(options.device)
+    if options.gpt:
+        gpt, tokenizer = GPT.from_pretrained(options.gpt)
         gpt, block_size = gpt.to(device), gpt.config.block_size - 1
     else:
-        vae, dit, tokenizer = load_models(cfg, device)
+        vae, dit, tokenizer = load_models(options, device)
         block_size = dit.config.block_size
     encoding, eot = load_encoding(tokenizer), tokenizer["eot"]
-    lines = [dict(line) for line in read_prompts(cfg) for _ in range(cfg.n)]
-    prompts = fit([encoding.encode_ordinary(line["prompt"]) for line in lines], cfg.length, block_size)
+    lines = [dict(line) for line in read_prompts(options) for _ in range(options.n)]
+    prompts = fit([encoding.encode_ordinary(line["prompt"]) for line in lines], options.length, block_size)
 
     def show(ids):
         return encoding.decode([i for i in ids if i != eot])
 
     def trace(t, texts):
-        print(f"t={t:.3f}  " + "  ".join(repr(show(ids)) for ids in texts))
+        seen.append(t)
+        if len(seen) % max(options.steps // 10, 1) == 1 % max(options.steps // 10, 1):
+            print(f"t={t:.3f}  " + "  ".join(repr(show(ids)) for ids in texts))
 
-    texts = []
-    for start in tqdm(range(0, len(prompts), cfg.batch_size), desc="sample", disable=len(prompts) <= cfg.batch_size):
-        some = prompts[start : start + cfg.batch_size]
-        length = cfg.length or block_size - max(map(len, some))
+    texts, seen = [], []
+    for start in tqdm(range(0, len(prompts), options.batch_size), desc="sample", disable=len(prompts) <= options.batch_size):
+        some = prompts[start : start + options.batch_size]
+        length = options.length or block_size - max(map(len, some))
         with autocast:
-            if cfg.gpt:
-                new = generate(gpt, some, length, eot, cfg.temperature, cfg.seed + start)
+            if options.gpt:
+                new = generate(gpt, some, length, eot, options.temperature, options.seed + start)
             else:
-                new = continue_texts(vae, dit, some, length, eot, cfg.steps, cfg.cfg, cfg.seed + start, trace if cfg.trace else None)
+                new = continue_texts(vae, dit, some, length, eot, options.steps, options.cfg, options.seed + start,
+                                     trace if options.trace else None)
         texts += map(show, new)
-    if cfg.output:
-        with open(f"{cfg.output}.tmp", "w", encoding="utf-8") as f:
+    if options.output:
+        with open(f"{options.output}.tmp", "w", encoding="utf-8") as f:
             f.writelines(json.dumps(dict(line, text=text), ensure_ascii=False) + "\n" for line, text in zip(lines, texts))
-        os.replace(f"{cfg.output}.tmp", cfg.output)
+        os.replace(f"{options.output}.tmp", options.output)
     else:
         for line, text in zip(lines, texts):
             print(f"{line['prompt']}|{text}")

@@ -259,7 +259,7 @@ def test_guidance_scale_1_is_the_conditional_model_and_0_the_unconditional(dit):
     unconditional = dit(torch.where(is_target, z, 0.0), segment, t.expand(4))
     assert not torch.allclose(conditional, unconditional, atol=1e-3)
     for scale, v in ((1, conditional), (1 + 1e-7, conditional), (0, unconditional), (3, unconditional + 3 * (conditional - unconditional))):
-        assert torch.allclose(guided_velocity(dit, context, segment, scale)(z, t), v, atol=1e-4), scale
+        assert torch.allclose(guided_velocity(dit, z, t, context, segment, scale), v, atol=1e-4), scale
 
 
 def test_euler_integrates_a_constant_velocity_exactly():
@@ -335,12 +335,12 @@ def test_attention_is_softmax_attention():
 
 
 def test_rotary_attention_sees_distances_only():
-    x = torch.randn(1, 2, N, 8)
-    cos, sin = textldm.rotary(N + 3, 8, "cpu")
-    q = k = x
-    near = textldm.rotate(q, (cos[:N], sin[:N])) @ textldm.rotate(k, (cos[:N], sin[:N])).mT
-    far = textldm.rotate(q, (cos[3:], sin[3:])) @ textldm.rotate(k, (cos[3:], sin[3:])).mT
-    assert torch.allclose(near, far, atol=1e-4) and not torch.allclose(near, q @ k.mT, atol=1e-2)
+    q, k = torch.randn(2, 1, 2, 1, 8).expand(2, 1, 2, N, 8)  # the same query and key at every position
+    scores = textldm.rotate(q) @ textldm.rotate(k).mT
+    for distance in range(-N + 1, N):
+        same = scores.diagonal(distance, dim1=-2, dim2=-1)
+        assert torch.allclose(same, same[..., :1].expand_as(same), atol=1e-4)
+    assert not torch.allclose(scores[..., 0, 1], scores[..., 0, 3], atol=1e-2)
 
 
 def test_gpt_loads_hugging_face_layout(tmp_path):
@@ -391,7 +391,7 @@ def test_gpt_is_causal_and_stops():
 @pytest.mark.parametrize("size, millions", [("small", 114), ("medium", 328), ("large", 768)])
 def test_presets_have_the_papers_sizes(size, millions):
     def make(cls, config_cls, preset):
-        names = {f.name for f in textldm.dataclasses.fields(config_cls)}
+        names = {f.name for f in textldm.fields(config_cls)}
         with torch.device("meta"):
             return cls(config_cls(**{"vocab_size": 10, **{k: v for k, v in preset.items() if k in names}}))
     dit = make(TextDiT, DiTConfig, {**DIT_PRESETS[size], "channels": 64})
@@ -612,11 +612,11 @@ def test_bad_data_is_refused(home, tmp_path, capsys):
 
     train_bin, meta = (good[home / "data" / n] for n in ("train.bin", "meta.json"))
     broken("train.bin", b"", "missing or empty")
-    broken("train.bin", train_bin[:-1], "no whole number")
+    broken("train.bin", train_bin[:-1], "do not fit")
     broken("train.bin", b"\xff\xff" * 20 + b"\x2b\x01" * 99, "beyond its vocabulary")
     broken("train.bin", b"\x01\x00" * 50, "less than one row")
-    broken("meta.json", meta[:-20], "meta.json is damaged")
-    broken("meta.json", meta.replace(b'"eot"', b'"eos"'), "meta.json is damaged")
+    broken("meta.json", meta[:-20], "meta.json do not fit")
+    broken("meta.json", meta.replace(b'"eot"', b'"eos"'), "meta.json do not fit")
     broken("meta.json", meta.replace(b'"documents",', b'"stream",').replace(b'"longest"', b'"x"'), "less than one row") if len(train_bin) < 128 else None
 
 
@@ -673,7 +673,7 @@ def test_bad_checkpoints_are_refused(home, tmp_path, capsys):
     refuse(capsys, "another vocabulary", "train_dit.py", *other, keep=home)
     refuse(capsys, "different tokenizers", "train_vae.py", *other, keep=home)
     refuse(capsys, "another vocabulary", "bench/train_gpt.py", *other, "--resume", keep=home)
-    refuse(capsys, "other sizes", "bench/train_gpt.py", *data, "--resume", "--n_layer=1", keep=home)
+    refuse(capsys, "other options", "bench/train_gpt.py", *data, "--resume", "--n_layer=1", keep=home)
 
 
 def test_bad_options_are_refused(home, tmp_path, capsys):

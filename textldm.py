@@ -3,24 +3,21 @@
 An unofficial, educational implementation of [TextLDM]. Text becomes a sequence of continuous latents, one
 a token; a Diffusion Transformer learns to turn noise into the latents of a continuation.
 
-    stage 1  tokens --encoder--> posterior --draw--> z --decoder--> tokens           TextVAE, train_vae.py
-                        +--projection--> features of a frozen GPT                    REPA
-    stage 2  [clean latents of the context ; noisy latents of the target]            TextDiT, train_dit.py
-                        --DiT--> velocity, with a loss on the target only            flow_loss
-    sample   prompt --encoder--> context;  noise --Euler--> target --decoder--> text continue_texts, sample.py
+    stage 1  tokens --encoder--> posterior --draw--> z --decoder--> tokens            TextVAE, train_vae.py
+                        +--projection--> features of a frozen GPT                     REPA, in TextVAE.alignment
+    stage 2  [clean latents of the context ; noisy latents of the target]             TextDiT, train_dit.py
+                        --DiT--> velocity, with a loss on the target only             velocity_loss
+    sample   prompt --encoder--> context;  noise --Euler--> target --decoder--> text  continue_texts, sample.py
 
 Shapes   B rows in a batch      N tokens in a row           V tokens in the vocabulary
          E width of a network   H heads of D = E / H        C channels of a latent
-
 Time     t = 1 is noise and t = 0 is data, everywhere. The path between them is straight,
          z_t = (1 - t) z_0 + t eps, so its velocity is dz_t/dt = eps - z_0.
-
 Rows     hold two texts, a context and the target that continues it. `segment` (B, N) says which token is
-         whose: CONTEXT, then TARGET (text, end-of-text, and the tail: more end-of-text tokens up to the end
-         of the row), then PADDING, which nothing sees. `weight` (B, N) is 1 for the tokens that every
-         reported number counts, those up to and including the first end-of-text; TAIL_WEIGHT for the tail,
-         which is trained lest a sampler write on after the end; 0 for padding.
-
+         whose: CONTEXT, then TARGET; PADDING, where a batch of prompts is uneven, is seen by nothing. A target
+         that ends before its row goes on with end-of-text tokens, the tail: it is trained, lest a sampler
+         write on after the end, with `weight` (B, N) TAIL_WEIGHT, but no reported number counts it. Text up
+         to and including its end-of-text has weight 1.
 Tags     `unspecified:` the paper is silent and the choice is ours.   `deviation:` we do otherwise.
 
 [TextLDM] Jiang et al. 2026, arXiv 2605.07748     [GPT2] Radford et al. 2019     [RoPE] Su et al. 2021, 2104.09864
@@ -28,21 +25,16 @@ Tags     `unspecified:` the paper is silent and the choice is ours.   `deviation
 [FM] Lipman et al. 2022, 2210.02747       [SD3] Esser et al. 2024, 2403.03206    [CFG] Ho, Salimans 2022, 2207.12598
 
 Short of time? Read part 5 (the loss and the sampler), then TextVAE.forward.
-Parts: 1 blocks, 2 GPT, 3 VAE and REPA, 4 DiT, 5 flow matching, 6 plumbing.
 """
 
 import argparse
 import base64
 import collections
 import copy
-import dataclasses
-import hashlib
 import json
 import math
-import os
 import sys
-import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +45,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 CONTEXT, TARGET, PADDING = 0, 1, 2
+Batch = collections.namedtuple("Batch", "tokens segment weight")  # (B, N) each
 TAIL_WEIGHT = 0.1  # unspecified: enough to learn that nothing follows the end, too little to drown the text
 
 
@@ -62,12 +55,10 @@ class UserError(Exception):
 
 def option(default, help, low=None, high=None):
     """A dataclass field with its reason and range; `command_line` (part 6) makes an option of it."""
-    return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high))
+    return field(default=default, metadata=dict(help=help, low=low, high=high))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 1. Blocks: the pre-norm Transformer that all four networks (GPT, encoder, decoder, DiT) are stacks of
-
+# ---- 1. Blocks: the pre-norm Transformer that all four networks (GPT, encoder, decoder, DiT) are stacks of 
 
 @dataclass
 class TrunkConfig:
@@ -75,36 +66,34 @@ class TrunkConfig:
     n_head: int = option(4, "attention heads", 1)
     n_embd: int = option(192, "width of the residual stream", 1)
     block_size: int = option(64, "longest row in tokens; where rows are documents, at most their usual length", 2)
-    vocab_size: int = option(0, "tokens in the vocabulary; 0: the corpus's", 0)
+    vocab_size: int = option(0, "tokens in the vocabulary (always the corpus's)", 0)
 
 
-def rotary(n, dim, device):
-    """The angles of rotary positions [RoPE], as (cos, sin), each (n, dim / 2)."""
-    frequency = 10000 ** (-torch.arange(0, dim, 2, device=device) / dim)        # (D/2,)
-    angle = torch.arange(n, device=device)[:, None] * frequency                 # (N, D/2)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x, rope):
-    """Turns pairs of channels of x (B, H, N, D) by their position's angle: then q . k sees only distances."""
-    a, b = x.float().chunk(2, dim=-1)                                           # (B, H, N, D/2) each
-    cos, sin = rope
+def rotate(x):
+    """Rotary positions [RoPE]: turns pairs of channels of x (B, H, N, D) by angles that grow with the position,
+    so that q . k depends on the distance of two tokens only."""
+    N, D = x.shape[-2:]
+    frequency = 10000 ** (-torch.arange(0, D, 2, device=x.device) / D)          # (D/2,)
+    angle = torch.arange(N, device=x.device)[:, None] * frequency               # (N, D/2)
+    (a, b), cos, sin = x.float().chunk(2, dim=-1), angle.cos(), angle.sin()     # a, b (B, H, N, D/2)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
 
 
 class Attention(nn.Module):
     def __init__(self, n_embd, n_head):
         super().__init__()
+        if n_embd % (2 * n_head):
+            raise UserError(f"--n_embd={n_embd} is no multiple of twice --n_head={n_head}")
         self.n_head = n_head
         self.c_attn = nn.Linear(n_embd, 3 * n_embd)
         self.c_proj = nn.Linear(n_embd, n_embd)
 
-    def forward(self, x, rope=None, mask=None, causal=False):
+    def forward(self, x, rope=False, mask=None, causal=False):
         B, N, E = x.shape
         qkv = self.c_attn(x).view(B, N, 3, self.n_head, E // self.n_head)       # (B, N, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # (B, H, N, D) each
-        if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
+        if rope:
+            q, k = rotate(q), rotate(k)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.c_proj(y.transpose(1, 2).reshape(B, N, E))                  # (B, N, E)
 
@@ -131,7 +120,7 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Blocks with rotary positions and a last LayerNorm: encoder, decoder and DiT alike."""
+    """Blocks and a last LayerNorm, with rotary positions: the encoder, the decoder and the core of the DiT."""
 
     def __init__(self, config, adaln=False):
         super().__init__()
@@ -139,9 +128,8 @@ class Trunk(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
 
     def forward(self, x, mask=None, time_emb=None):                             # (B, N, E) -> (B, N, E)
-        rope = rotary(x.shape[1], x.shape[2] // self.h[0].attn.n_head, x.device)
         for block in self.h:
-            x = block(x, time_emb, rope=rope, mask=mask)
+            x = block(x, time_emb, rope=True, mask=mask)
         return self.ln_f(x)
 
 
@@ -155,35 +143,26 @@ def init_weights(model):
             nn.init.normal_(p, std=0.02 / (math.sqrt(2 * model.config.n_layer) if "c_proj" in name else 1))
 
 
-def weighted_mean(x, weight):
-    """Mean of x (B, N) over tokens of weight (B, N)."""
+def weighted_mean(x, weight):  # (B, N) each
     return (x * weight).sum() / weight.sum().clamp(min=1e-9)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 2. GPT: the frozen teacher for REPA, and the autoregressive baseline
+# ---- 2. GPT: the frozen teacher for REPA, and the autoregressive baseline --------------------------------
 
-
-class GPT(nn.Module):
-    """GPT-2 [GPT2] to the letter: learned positions, tanh GELU, tied embeddings. Its parameters have
-    Hugging Face's names, so that their files load."""
-
-    HEADS = {"gpt2": 12, "gpt2-medium": 16, "gpt2-large": 20, "gpt2-xl": 25}
+class GPT(Trunk):
+    """GPT-2 [GPT2] to the letter: learned positions instead of rotary ones, tanh GELU, tied embeddings. Its
+    parameters have Hugging Face's names, so that their files load."""
 
     def __init__(self, config):
-        super().__init__()
+        super().__init__(config)
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config.n_embd, config.n_head) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
         init_weights(self)
 
     def hidden_states(self, tokens, layer):
         """The residual stream (B, N, E) after block `layer`, counted from 1 (0: the embeddings), before the
-        final norm, for tokens (B, N). Raises UserError where N exceeds block_size."""
-        if tokens.shape[1] > self.config.block_size:
-            raise UserError(f"rows of {tokens.shape[1]} tokens exceed the GPT's {self.config.block_size}; lower --block_size")
+        final norm, for tokens (B, N), N at most block_size."""
         x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]               # (B, N, E)
         for block in self.h[:layer]:
             x = block(x, causal=True)
@@ -195,15 +174,14 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source):
-        """A GPT from `gpt2`, `gpt2-medium`, `gpt2-large` or `gpt2-xl` (downloaded into torch.hub's cache), a
-        file or folder in Hugging Face's layout, or a checkpoint of ours. Returns (gpt, tokenizer) with the
-        tokenizer as in meta.json. Raises UserError where there is none or it is something else."""
-        path, n_head = Path(source), cls.HEADS.get(str(source))
-        if n_head:
+        """A GPT from a name (downloaded into torch.hub's cache), a file or folder in Hugging Face's layout, or
+        a checkpoint of ours. Returns it and its tokenizer, as in meta.json. Raises UserError."""
+        path = Path(source)
+        if source in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
             path = Path(torch.hub.get_dir(), "checkpoints", f"{source}.bin")
-            url = f"https://huggingface.co/openai-community/{source}/resolve/main/pytorch_model.bin"
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
+                url = f"https://huggingface.co/openai-community/{source}/resolve/main/pytorch_model.bin"
                 path.exists() or torch.hub.download_url_to_file(url, str(path))
             except OSError as e:
                 raise UserError(f"cannot download {source} ({e}); name a local folder instead") from None
@@ -212,24 +190,20 @@ class GPT(nn.Module):
         state = load_checkpoint(path, "gpt", "python bench/train_gpt.py makes one")
         if "kind" in state:
             return model_from(cls, TrunkConfig, state), state["tokenizer"]
-        try:
-            # Hugging Face: causal masks among the weights, and matrices (in, out) of what was once a convolution
-            state = {k.removeprefix("transformer."): v for k, v in state.items() if not k.endswith((".attn.bias", ".masked_bias"))}
-            state = {k: v.T if ".c_" in k and v.dim() == 2 else v for k, v in state.items() if k != "lm_head.weight"}
-            if not n_head and (path.parent / "config.json").exists():
-                n_head = json.loads((path.parent / "config.json").read_text())["n_head"]
-            V, E = state["wte.weight"].shape
-            n_layer = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("h."))
-            gpt = cls(TrunkConfig(n_layer, n_head or E // 64, E, len(state["wpe.weight"]), V))
+        try:  # Hugging Face: causal masks among the weights, and matrices (in, out), once those of convolutions
+            state = {k.removeprefix("transformer."): v.T if ".c_" in k and v.dim() == 2 else v for k, v in state.items()
+                     if not k.endswith((".attn.bias", ".masked_bias", "lm_head.weight"))}
+            config = path.with_name("config.json")
+            n_head = json.loads(config.read_text())["n_head"] if config.exists() else len(state["ln_f.weight"]) // 64
+            (V, E), n_layer = state["wte.weight"].shape, len({k.split(".")[1] for k in state if k.startswith("h.")})
+            gpt = cls(TrunkConfig(n_layer, n_head, E, len(state["wpe.weight"]), V))
             gpt.load_state_dict(state)
         except (KeyError, ValueError, AttributeError, RuntimeError) as e:
-            raise UserError(f"{path} is not a GPT-2 in Hugging Face's layout ({type(e).__name__}: {str(e)[:80]})") from None
+            raise UserError(f"{path} is no GPT-2 in Hugging Face's layout ({type(e).__name__}: {str(e)[:60]})") from None
         return gpt.eval(), dict(encoding="gpt2", vocab_size=V, eot=V - 1)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 3. The VAE: tokens to latents and back, one latent a token; its encoder aligned to a teacher by REPA
-
+# ---- 3. The VAE: tokens to latents and back, one latent a token; its encoder aligned to a teacher by REPA 
 
 def same_segment(segment):
     """Who sees whom in the VAE, (B, 1, N, N): query and key of the same text. Context and target share a row
@@ -240,10 +214,9 @@ def same_segment(segment):
 
 @torch.no_grad()
 def teacher_features(teacher, tokens, eot):
-    """What REPA aligns to: (B, N, E_teacher) of the teacher's third-to-last layer for tokens (B, N).
-    unspecified: an `eot` goes first, as in GPT-2's own training (its first position is abnormally large);
-    and the teacher reads rows whole, since what a token means depends on what came before: the encoder
-    follows as far as it can see."""
+    """What REPA aligns to: (B, N, E_teacher) of the teacher's third-to-last layer for tokens (B, N). unspecified:
+    an `eot` goes first (a causal model's first position is abnormally large); and the teacher reads rows whole,
+    since the meaning of a target token depends on the context: the encoder follows as far as it can."""
     return teacher.hidden_states(F.pad(tokens, (1, 0), value=eot), max(teacher.config.n_layer - 2, 1))[:, 1:]
 
 
@@ -254,7 +227,7 @@ class VAEConfig(TrunkConfig):
     beta: float = option(1e-3, "weight of the KL divergence (the paper's)", 0)
     beta_warmup: int = option(200, "steps over which beta grows from zero: first learn to write, then to compress", 0)
     repa: float = option(1.0, "lambda, weight of the alignment (the paper's)", 0)
-    teacher_embd: int = option(0, "width of the teacher; 0: as it is", 0)
+    teacher_embd: int = option(0, "width of the teacher (always as it is; 0: none)", 0)
 
 
 class TextVAE(nn.Module):
@@ -272,8 +245,7 @@ class TextVAE(nn.Module):
         self.to_logits = nn.Linear(E, config.vocab_size, bias=False)
         self.to_teacher = nn.Linear(E, config.teacher_embd) if config.teacher_embd else None
         init_weights(self)
-        # Measured on training data and stored with the weights. unspecified: the scale of the latents; beta is
-        # too small to hold them near 1, and noise means nothing without a scale.
+        # Statistics of training data. unspecified: the scale of the latents. beta is too small to hold it near 1.
         for name, width in (("z", C), ("teacher", config.teacher_embd)):
             self.register_buffer(f"{name}_mean", torch.zeros(width))
             self.register_buffer(f"{name}_std", torch.ones(width))
@@ -286,12 +258,12 @@ class TextVAE(nn.Module):
 
     def decode(self, z, segment):
         """Raw latents z (B, N, C) -> logits (B, N, V) of all tokens at once."""
-        return self.to_logits(self.decoder(self.from_latent(z), same_segment(segment))).float()
+        return self.to_logits(self.decoder(self.from_latent(z).float(), same_segment(segment))).float()
 
     def alignment(self, h, features):
-        """REPA [REPA]: cosine (B, N) between the encoder's features h, linearly projected, and the frozen
-        teacher's (B, N, E_teacher). deviation: those are standardised first. GPT-2's have a few huge, almost
-        constant dimensions: any two positions already have a cosine of about two thirds."""
+        """REPA [REPA]: cosine (B, N) of the encoder's features h, linearly projected, and the frozen teacher's
+        (B, N, E_teacher). deviation: those are standardised first; a few huge, nearly constant dimensions give
+        any two positions of GPT-2 a cosine of about two thirds."""
         target = (features.float() - self.teacher_mean) / self.teacher_std      # (B, N, E_teacher)
         return F.cosine_similarity(self.to_teacher(h).float(), target.detach(), dim=-1)
 
@@ -300,9 +272,8 @@ class TextVAE(nn.Module):
         scalars, `loss` to be minimised, the others over counted tokens. Without a generator z is the mean."""
         tokens, segment, weight = batch
         mu, logvar, h = self.posterior(tokens, segment)
-        z = mu
-        if generator is not None:
-            z = mu + (0.5 * logvar).exp() * torch.randn(mu.shape, generator=generator, device=mu.device)
+        noise = 0 if generator is None else torch.randn(mu.shape, generator=generator, device=mu.device)
+        z = mu + (0.5 * logvar).exp() * noise                                   # (B, N, C)
         logits = self.decode(z, segment)                                        # (B, N, V)
         ce = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)  # (B, N)
         # KL of a diagonal Gaussian from the standard one (appendix B of [VAE]), summed over channels
@@ -310,13 +281,14 @@ class TextVAE(nn.Module):
         cos = torch.zeros_like(ce) if features is None else self.alignment(h, features)  # (B, N)
         loss = ce + (self.config.beta if beta is None else beta) * kl - self.config.repa * cos
         report = dict(ce=ce, kl=kl, cos=cos, accuracy=(logits.argmax(-1) == tokens).float())
-        return dict(loss=weighted_mean(loss, weight), **{k: weighted_mean(x.detach(), weight == 1) for k, x in report.items()})
+        report = {k: weighted_mean(x.detach(), weight == 1) for k, x in report.items()}
+        return dict(report, loss=weighted_mean(loss, weight))
 
     @torch.no_grad()
     def standardise(self, batches):
         """Measures and stores mean and std per channel of the counted latents in batches. Returns how many
         channels are active: their mean differs from token to token, with a variance above 0.01."""
-        mu = torch.cat([self.posterior(b.tokens, b.segment)[0][b.weight == 1] for b in batches]).double()  # (tokens, C)
+        mu = torch.cat([self.posterior(b.tokens, b.segment)[0][b.weight == 1] for b in batches]).cpu().double()
         self.z_mean.copy_(mu.mean(0))
         self.z_std.copy_(mu.std(0).clamp(min=1e-6))
         return int((mu.var(0) > 0.01).sum())
@@ -331,9 +303,7 @@ class TextVAE(nn.Module):
         return self.decode(z * self.z_std + self.z_mean, segment).argmax(-1)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 4. The DiT: the velocity of noisy target latents, given clean context latents
-
+# ---- 4. The DiT: the velocity of noisy target latents, given clean context latents -----------------------
 
 @dataclass
 class DiTConfig(TrunkConfig):
@@ -374,14 +344,12 @@ class TextDiT(nn.Module):
         return self.to_velocity(x).float()                                      # (B, N, C)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 5. Flow matching [FM]: the loss, and the sampler
-
+# ---- 5. Flow matching [FM]: the loss, and the sampler ----------------------------------------------------
 
 def logit_normal(u, config):
-    """Quantiles u in [0, 1] -> times (section 3.1 of [SD3]). The loss draws u at random, the sampler steps
+    """Quantiles u in [0, 1] of a logit-normal -> times (section 3.1 of [SD3]). The loss draws u at random, the sampler steps
     through it evenly: so it steps finely where the model was trained most (section 3.2 of [TextLDM])."""
-    return torch.sigmoid(config.t_mean + config.t_std * torch.special.ndtri(u.double())).float()
+    return torch.sigmoid(config.t_mean + config.t_std * math.sqrt(2) * torch.erfinv(2 * u - 1))
 
 
 def velocity_loss(dit, z_0, segment, t, eps, drop=None):
@@ -405,20 +373,16 @@ def flow_loss(dit, vae, batch, config, generator):
     return dict(loss=weighted_mean(error, weight), flow=weighted_mean(error.detach(), weight == 1))
 
 
-def guided_velocity(dit, context, segment, cfg_scale):
-    """v_u + w (v_c - v_u) [CFG], as a function of (z, t); w = 1 is the conditional model, at half the cost.
-    context (B, N, C) holds clean latents; what z holds in their places is never looked at."""
-    is_target = (segment == TARGET)[..., None]                                  # (B, N, 1)
-
-    def velocity(z, t):
-        x, t = torch.where(is_target, z, context), t.expand(len(z))             # (B, N, C), (B,)
-        if cfg_scale == 1:
-            return dit(x, segment, t)
-        x_u = torch.where(is_target, z, 0.0)                                    # as with a dropped context
-        v_c, v_u = dit(torch.cat((x, x_u)), segment.repeat(2, 1), t.repeat(2)).chunk(2)
-        return v_u + cfg_scale * (v_c - v_u)
-
-    return velocity
+def guided_velocity(dit, z, t, context, segment, cfg_scale):
+    """v_u + w (v_c - v_u) [CFG] for latents z (B, N, C) at time t; w = 1 is the conditional model, at half the
+    cost. context (B, N, C) holds clean latents; what z holds in their places is never looked at."""
+    is_target, t = (segment == TARGET)[..., None], t.expand(len(z))             # (B, N, 1), (B,)
+    x_c = torch.where(is_target, z, context)                                    # (B, N, C)
+    if cfg_scale == 1:
+        return dit(x_c, segment, t)
+    x_u = torch.where(is_target, z, 0.0)                                        # as with a dropped context
+    v_c, v_u = dit(torch.cat((x_c, x_u)), segment.repeat(2, 1), t.repeat(2)).chunk(2)
+    return v_u + cfg_scale * (v_c - v_u)
 
 
 def euler(velocity, z, times, callback=None):
@@ -442,22 +406,21 @@ def continue_texts(vae, dit, prompts, length, eot, steps=50, cfg_scale=2.0, seed
         tokens[i, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
         segment[i, : len(prompt) + length] = TARGET
         segment[i, : len(prompt)] = CONTEXT
-    noise = torch.randn(B, length, vae.config.channels, generator=torch.Generator().manual_seed(seed))
-    z = torch.zeros(B, N, vae.config.channels)
-    z[segment == TARGET] = noise.flatten(0, 1)                    # a row's noise is the same wherever it starts
+    z = torch.zeros(B, N, vae.config.channels)                    # noise from the CPU: the same on every device
+    z[segment == TARGET] = torch.randn(B * length, z.shape[2], generator=torch.Generator().manual_seed(seed))
     tokens, segment, z = tokens.to(device), segment.to(device), z.to(device)
 
     def texts(z):
         rows = [row[s == TARGET].tolist() for row, s in zip(vae.read(z, segment), segment)]
         return [row[: row.index(eot) + 1] if eot in row else row for row in rows]
 
-    velocity = guided_velocity(dit, vae.latents(tokens, segment), segment, cfg_scale)
+    context = vae.latents(tokens, segment)                                      # (B, N, C)
     times = logit_normal(torch.linspace(1, 0, steps + 1), dit.config).to(device)
-    return texts(euler(velocity, z, times, callback and (lambda t, z, z_0: callback(float(t), texts(z_0)))))
+    return texts(euler(lambda z, t: guided_velocity(dit, z, t, context, segment, cfg_scale), z, times,
+                       callback and (lambda t, z, z_0: callback(float(t), texts(z_0)))))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# 6. Plumbing, once for all scripts: tokenizers, batches, command line, checkpoints, the training loop
+# ---- 6. Plumbing, once for all scripts: tokenizers, batches, command line, checkpoints, the training loop 
 
 # How GPT-2 cuts text into words before it merges bytes (its published pattern); our own BPEs do the same.
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -466,18 +429,14 @@ GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 def load_encoding(tokenizer):
     """The tiktoken.Encoding of a `tokenizer` dict, as in meta.json and in every checkpoint: GPT-2's, or a
     small BPE of ours whose ranks it holds in tiktoken's file format."""
-    if tokenizer["encoding"] == "gpt2":
-        try:
-            return tiktoken.get_encoding("gpt2")
-        except OSError as e:
-            raise UserError(f"tiktoken cannot download GPT-2's BPE ({type(e).__name__}): connect once, or set "
-                            "TIKTOKEN_CACHE_DIR to a folder that has it") from None
-    ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, tokenizer["bpe"].splitlines())}
-    return tiktoken.Encoding("bpe", pat_str=GPT2_SPLIT, mergeable_ranks=ranks,
-                             special_tokens={"<|endoftext|>": tokenizer["eot"]})
-
-
-Batch = collections.namedtuple("Batch", "tokens segment weight")  # (B, N) each, on one device; see the legend
+    if tokenizer["encoding"] == "bpe":
+        ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, tokenizer["bpe"].splitlines())}
+        return tiktoken.Encoding("bpe", pat_str=GPT2_SPLIT, mergeable_ranks=ranks,
+                                 special_tokens={"<|endoftext|>": tokenizer["eot"]})
+    try:
+        return tiktoken.get_encoding(tokenizer["encoding"])
+    except OSError as e:
+        raise UserError(f"cannot download GPT-2's BPE ({type(e).__name__}); set TIKTOKEN_CACHE_DIR to its folder") from None
 
 
 class Corpus:
@@ -487,20 +446,18 @@ class Corpus:
     def __init__(self, folder, split):
         self.path = path = Path(folder) / f"{split}.bin"
         if not path.exists() or not path.stat().st_size:
-            raise UserError(f"{path} is missing or empty; python data/prepare.py makes it (other corpora: see its --help)")
+            raise UserError(f"{path} is missing or empty; python data/prepare.py makes it (see its --help)")
         self.meta = dict(encoding="gpt2", vocab_size=50257, eot=50256, dtype="uint16", layout="stream")
         try:
-            if (path.parent / "meta.json").exists():
-                self.meta = json.loads((path.parent / "meta.json").read_text())
+            if path.with_name("meta.json").exists():
+                self.meta = json.loads(path.with_name("meta.json").read_text())
             self.tokenizer = {k: self.meta[k] for k in ("encoding", "vocab_size", "eot", "bpe") if k in self.meta}
-            self.encoding, self.eot, dtype = load_encoding(self.tokenizer), self.meta["eot"], np.dtype(self.meta["dtype"])
-            if path.stat().st_size % dtype.itemsize:
-                raise UserError(f"{path} has {path.stat().st_size} bytes, no whole number of {dtype} tokens; prepare it again")
-            self.tokens = np.memmap(path, dtype, "r")
+            self.encoding, self.eot = load_encoding(self.tokenizer), self.meta["eot"]
+            self.tokens = np.memmap(path, self.meta["dtype"], "r")  # ValueError where it is no whole number of tokens
             self.is_stream = self.meta["layout"] != "documents"  # one endless document
             self.ends = np.array([len(self.tokens)]) if self.is_stream else np.flatnonzero(self.tokens == self.eot) + 1
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise UserError(f"{path.parent / 'meta.json'} is damaged ({type(e).__name__}: {e}); prepare the corpus again") from None
+            raise UserError(f"{path} and meta.json do not fit ({type(e).__name__}: {e}); prepare them again") from None
 
     def fit(self, block_size):
         """The length of rows: block_size, or, where rows are documents, what nearly all of those have if less."""
@@ -510,18 +467,17 @@ class Corpus:
         return N
 
     def batch(self, rng, B, N, device="cpu", cut_words=True):
-        """B rows of N tokens. Each is cut in context and target at a place drawn anew: at the start in one row
-        of ten (an empty context), inside a word in half of the others, so that any prompt is in distribution.
-        unspecified: all of this. The paper cuts, and does not say where."""
+        """B rows of N tokens. Each is cut in context and target at a place drawn anew: at the start (an empty
+        context), between tokens, or, in about half of the rows, inside one, so that any prompt is in
+        distribution. unspecified: all of this. The paper cuts, and does not say where."""
         tokens, cuts, lengths = np.full((B, N), self.eot), np.zeros(B, int), np.zeros(B, int)
         for i in range(B):
             d = rng.integers(len(self.ends))
             start, end = self.ends[d - 1] if d else 0, self.ends[d]
-            start += rng.integers(max(end - start - N, 0) + 1)                  # a random stretch, where longer
+            start += rng.integers(max(end - start - N, 0) + 1)    # a random stretch of what is longer
             row = self.tokens[start : min(end, start + N)].tolist()
             if max(row) >= self.meta["vocab_size"]:
-                raise UserError(f"{self.path} has token {max(row)} near {start}, beyond its vocabulary of "
-                                f"{self.meta['vocab_size']}; prepare it again")
+                raise UserError(f"{self.path}: token {max(row)} is beyond its vocabulary of {self.meta['vocab_size']}")
             cut = rng.integers(len(row)) if rng.random() > 0.1 else 0
             if cut_words and cut and rng.random() < 0.5:
                 row, cut = self.cut_word(row, cut, rng)
@@ -530,6 +486,11 @@ class Corpus:
         segment = np.where(np.arange(N) < cuts[:, None], CONTEXT, TARGET)
         weight = np.where(np.arange(N) < lengths[:, None], 1, TAIL_WEIGHT).astype(np.float32)
         return Batch(*(torch.from_numpy(x).to(device) for x in (tokens, segment, weight)))
+
+    def fixed_batches(self, n, N, device, cut_words=True):
+        """n batches of up to 16,384 tokens, always the same ones, so that any two checkpoints compare."""
+        B = max(1, min(256, 2**14 // N))
+        return [self.batch(np.random.default_rng((0, i)), B, N, device, cut_words) for i in range(n)]
 
     def cut_word(self, row, cut, rng):
         """Moves a cut from before token `cut` to a character inside it. Both sides are written as the
@@ -544,11 +505,6 @@ class Corpus:
         return row[:a] + left + right + row[b:], a + len(left)
 
 
-def val_batches(corpus, N, device, n=4, **how):
-    """n batches of 256 rows, always the same, so that any two checkpoints compare."""
-    return [corpus.batch(np.random.default_rng((0, i)), 256, N, device, **how) for i in range(n)]
-
-
 @dataclass
 class TrainConfig:
     data: str = option("data/names", "folder of a prepared corpus")
@@ -561,25 +517,25 @@ class TrainConfig:
     learning_rate: float = option(1e-3, "at its peak", 0)
     warmup: int = option(100, "steps of linear warm-up, before a cosine down to a tenth", 0)
     weight_decay: float = option(0.01, "AdamW's, on matrices only (the paper's)", 0)
-    clip: float = option(1.0, "largest norm of the gradient", 1e-9)
     eval_interval: int = option(200, "steps between evaluations and checkpoints", 1)
     log_interval: int = option(20, "steps between lines of metrics", 1)
     device: str = option("auto", "cpu, cuda, mps, or auto")
     compile: bool = option(False, "torch.compile: a slow start, then faster")
 
 
-# Every stage has `tiny` for CPUs, over the defaults above, and three sizes of the paper. The GPT's are GPT-2's; the
-# VAE's are one. unspecified: the trunks of the DiT, and batch x accumulate; the trunks hit 114M, 328M and 768M.
+# `tiny` is for CPUs; small, medium and large are the paper's. unspecified: depth and width of its DiTs. These hit its
+# 114M, 328M and 768M. Its VAE is one for all; the GPTs are GPT-2's.
 def paper(n_layer, n_head, n_embd, max_steps=200_000, **more):
     return dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, max_steps=max_steps, block_size=1024, batch_size=16,
                 accumulate=48, learning_rate=1e-4, warmup=2000, eval_interval=2000, **more)
 
 
-PAPER_VAE, PAPER_DIT = paper(9, 12, 768, channels=64, beta_warmup=10_000), dict(max_steps=1_000_000, adaln=False)
 GPT_PRESETS = dict(tiny={}, small=paper(12, 12, 768), medium=paper(24, 16, 1024), large=paper(36, 20, 1280))
-VAE_PRESETS = dict(tiny={}, small=PAPER_VAE, medium=PAPER_VAE, large=PAPER_VAE)
-DIT_PRESETS = dict(tiny=dict(max_steps=3000, eval_interval=500, t_mean=0.5, t_std=1.0, learning_rate=2e-3),
-                   small=paper(16, 12, 768, **PAPER_DIT), medium=paper(26, 16, 1024, **PAPER_DIT), large=paper(27, 24, 1536, **PAPER_DIT))
+PAPER_VAE, PAPER_DIT = dict(channels=64, beta_warmup=10_000), dict(max_steps=1_000_000, adaln=False)
+VAE_PRESETS = dict(tiny={}, **dict.fromkeys(("small", "medium", "large"), paper(9, 12, 768, **PAPER_VAE)))
+DIT_PRESETS = dict(tiny=dict(max_steps=4500, eval_interval=750, learning_rate=2e-3, t_mean=0.5, t_std=1.0),
+                   small=paper(16, 12, 768, **PAPER_DIT), medium=paper(26, 16, 1024, **PAPER_DIT),
+                   large=paper(27, 24, 1536, **PAPER_DIT))
 
 
 def command_line(description, *types, presets=None):
@@ -589,22 +545,21 @@ def command_line(description, *types, presets=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     if presets:
         parser.add_argument("--preset", choices=presets, default="tiny", help="sizes and schedule (tiny)")
-    fields = {f.name: f for t in types for f in dataclasses.fields(t)}
-    for name, f in fields.items():
+    options = {f.name: f for t in types for f in fields(t)}
+    for name, f in options.items():
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
         parser.add_argument(f"--{name}", help=f"{f.metadata['help']} ({f.default})".replace("%", "%%"),
                             default=argparse.SUPPRESS, **kind)
     given = vars(parser.parse_args())
     values = {**(presets or {}).get(given.pop("preset", None), {}), **given}
     for name, value in values.items():
-        low, high = fields[name].metadata["low"], fields[name].metadata["high"]
+        low, high = options[name].metadata["low"], options[name].metadata["high"]
         if not (low is None or value >= low) or not (high is None or value <= high):
             parser.error(f"--{name}={value} is out of range: {low} to {'any' if high is None else high}")
-    return [t(**{f.name: values[f.name] for f in dataclasses.fields(t) if f.name in values}) for t in types]
+    return [t(**{f.name: values[f.name] for f in fields(t) if f.name in values}) for t in types]
 
 
-def run(main):
-    """Calls a script's main; a UserError becomes one line and exit code 2."""
+def run(main):  # a script's; a UserError becomes one line and exit code 2
     try:
         main()
     except UserError as e:
@@ -616,31 +571,33 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.empty(0, device=name).device
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device={name} is not to be had here ({str(e).splitlines()[0][:80]})") from None
     if device.type == "cpu":  # on short rows the plain kernel trains 1.5 times as fast as the fused one
         torch.backends.cuda.enable_flash_sdp(False)
-    bf16 = dict(cpu=torch.cpu._is_avx512_bf16_supported, cuda=torch.cuda.is_bf16_supported).get(device.type, bool)()
+    bf16 = dict(cpu=getattr(torch.cpu, "_is_avx512_bf16_supported", bool), mps=bool,
+                cuda=lambda: torch.cuda.is_bf16_supported(including_emulation=False))[device.type]()
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 def save_checkpoint(path, **items):
-    """Written beside and renamed: `path` is whole at any moment."""
     torch.save(items, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    Path(f"{path}.tmp").replace(path)  # so that `path` is whole at any moment
 
 
 def load_checkpoint(path, kind, remedy, tokenizer=None):
-    """The dict that is stored at path: a checkpoint of this kind (and tokenizer, where one is given), or a
-    state dict of Hugging Face's, which has no kind and is taken for a gpt. UserError for all else."""
+    """The dict at path: a checkpoint of this kind (and tokenizer, where one is given), or a state dict of
+    Hugging Face's, which has no kind and is taken for a gpt. UserError for all else."""
     if not Path(path).is_file():
         raise UserError(f"{path} is missing; {remedy}")
     try:
         if str(path).endswith(".safetensors"):
-            from safetensors.torch import load_file
-            return load_file(path)
-        state = dict(torch.load(path, map_location="cpu", weights_only=True))
+            import safetensors.torch
+            state = safetensors.torch.load_file(path)
+        else:
+            state = dict(torch.load(path, map_location="cpu", weights_only=True))
     except ImportError:
         raise UserError(f"{path} needs one more package: pip install safetensors") from None
     except Exception as e:  # what a damaged file makes torch.load raise has no common class
@@ -669,21 +626,21 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, cut_words=True, ema=Fals
     optimizer = torch.optim.AdamW([dict(params=matrices), dict(params=vectors, weight_decay=0)], betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=device.type != "mps")
     parts = dict(model=model, average=average, optimizer=optimizer)
-    identity = dict(kind=stage, config=dataclasses.asdict(model.config), tokenizer=corpus.tokenizer, **extra)
+    identity = dict(kind=stage, config=asdict(model.config), tokenizer=corpus.tokenizer, **extra)
     step, best, last = 0, math.inf, out / f"{stage}_last.pt"
     if cfg.resume:
         state = load_checkpoint(last, stage, "start without --resume", corpus.tokenizer)
-        if state["config"] != identity["config"]:
-            raise UserError(f"{last} has other sizes than asked for; resume with the options it was started with")
+        if any(state.get(k) != v for k, v in identity.items()):
+            raise UserError(f"{last} was started with other options or another VAE; resume with those")
         for name, part in parts.items():
             part.load_state_dict(state[name])
         step, best = state["step"], state["best"]
-    val_batches(corpus, N, "cpu", n=1)  # what is wrong with the data shows before any file is touched
+    corpus.fixed_batches(1, N, device)  # what is wrong with the data shows before any file is touched
     out.mkdir(parents=True, exist_ok=True)
-    print(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters on {device}, rows of {N} tokens, "
-          f"{cfg.max_steps} steps of {cfg.batch_size * cfg.accumulate} rows", flush=True)
-    first, start = step, time.time()
-    with open(out / f"{stage}.jsonl", "a" if cfg.resume else "w") as log, tqdm(total=cfg.max_steps, initial=step, desc=stage) as bar:
+    print(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters on {device}, {cfg.max_steps} steps of "
+          f"{cfg.batch_size * cfg.accumulate} rows of {N} tokens; the bar tells how long it will take", flush=True)
+    bar = tqdm(total=cfg.max_steps, initial=step, desc=stage, mininterval=1)
+    with open(out / f"{stage}.jsonl", "a" if cfg.resume else "w") as log, bar:
         while step < cfg.max_steps:
             done = max(step - cfg.warmup, 0) / max(cfg.max_steps - cfg.warmup, 1)
             lr = cfg.learning_rate * min((step + 1) / max(cfg.warmup, 1), 1) * (0.55 + 0.45 * math.cos(math.pi * done))
@@ -696,9 +653,9 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, cut_words=True, ema=Fals
                 with autocast:
                     losses = loss_of(net, batch, generator, step)
                 (losses["loss"] / cfg.accumulate).backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             if not math.isfinite(norm):
-                raise UserError(f"the gradient of step {step} is not finite; {last} is the last good state, lower --learning_rate")
+                raise UserError(f"the gradient of step {step} is not finite; --resume from {last} at a lower --learning_rate")
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
@@ -708,16 +665,13 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, cut_words=True, ema=Fals
                 for a, p in zip(average.parameters(), model.parameters()):
                     a.lerp_(p.detach(), 1 - min(0.999, (1 + step) / (10 + step)))
             bar.update()
-            if step == first + 20:
-                tqdm.write(f"{stage}: about {(time.time() - start) / 20 * (cfg.max_steps - first) / 60:.1f} minutes to go")
             if step % cfg.log_interval == 0:
                 losses = {k: v.item() for k, v in losses.items()}
                 print(json.dumps(dict(step=step, **losses, norm=norm.item(), lr=lr)), file=log, flush=True)
                 bar.set_postfix({k: f"{v:.3g}" for k, v in losses.items()}, refresh=False)
             if step % cfg.eval_interval == 0 or step == cfg.max_steps:
                 with autocast:
-                    val = evaluate(average.eval())
-                model.train()
+                    val = evaluate(average)
                 print(json.dumps(dict(step=step, val=val)), file=log, flush=True)
                 if val["loss"] < best:
                     best = val["loss"]

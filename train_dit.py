@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from textldm import (CONTEXT, DIT_PRESETS, TARGET, Corpus, DiTConfig, TextDiT, TextVAE, TrainConfig, UserError, VAEConfig,
                      command_line, continue_texts, flow_loss, load_checkpoint, model_from, option, pick_device, run,
-                     train, val_batches, velocity_loss, weighted_mean)
+                     train, velocity_loss, weighted_mean)
 
 
 @dataclass
@@ -34,7 +34,7 @@ def main():
         raise UserError(f"--channels={config.channels}, but the VAE's latents have {vae.config.channels}; leave it out")
     config.channels = vae.config.channels
     torch.manual_seed(cfg.seed)
-    rows, = val_batches(val, config.block_size, device, n=1)
+    rows, = val.fixed_batches(1, config.block_size, device)
     eps = torch.randn(*rows.tokens.shape, config.channels, generator=torch.Generator().manual_seed(0)).to(device)
 
     @torch.no_grad()
@@ -42,7 +42,7 @@ def main():
         tokens, segment, weight = rows
         is_target, counted = (segment == TARGET)[..., None], (weight == 1) & (segment == TARGET)
         z_0 = vae.latents(tokens, segment)                                      # (B, N, C)
-        strange = torch.where(is_target, z_0, z_0.roll(1, 0))                   # another row's context
+        strange = vae.latents(torch.where(segment == CONTEXT, tokens.roll(1, 0), tokens), segment)
         mean = lambda x: weighted_mean(x.float(), counted).item()
         lines, table = [f"{'t':>5}{'loss':>9}{'shuffled':>10}{'noisy':>8}{'predicted':>11}"], []
         for t in torch.arange(1, 10, device=device) / 10:
@@ -52,8 +52,10 @@ def main():
             table.append(dict(t=round(t.item(), 1), loss=mean(error), shuffled=mean(shuffled),
                               noisy=mean(vae.read(noisy, segment) == tokens), predicted=mean(vae.read(guess, segment) == tokens)))
             lines.append("{t:5.1f}{loss:9.4f}{shuffled:10.4f}{noisy:8.3f}{predicted:11.3f}".format(**table[-1]))
-        prompts = [row[s == CONTEXT].tolist() for row, s in zip(tokens[:4], segment)]
+        prompts = [row[s == CONTEXT].tolist() for row, s in zip(tokens, segment)]
+        prompts = [p for p in prompts if len(p) <= config.block_size // 2][:4]
         for prompt, text in zip(prompts, continue_texts(vae, dit, prompts, config.block_size // 2, corpus.eot)):
+            text = [i for i in text if i != corpus.eot]
             lines.append(f"  {corpus.encoding.decode(prompt)!r} -> {corpus.encoding.decode(text)!r}")
         tqdm.write("\n".join(lines))
         return dict(loss=sum(r["loss"] for r in table) / len(table), table=table)

@@ -12,12 +12,12 @@ import torch
 from tqdm import tqdm
 
 from textldm import (GPT, VAE_PRESETS, Corpus, TextVAE, TrainConfig, UserError, VAEConfig, command_line, option,
-                     pick_device, run, teacher_features, train, val_batches)
+                     pick_device, run, teacher_features, train)
 
 
 @dataclass
 class Stage1:
-    teacher: str = option("", "frozen GPT for REPA: a checkpoint, gpt2 (or its larger ones), a Hugging Face folder, or none (OUT/gpt.pt)")
+    teacher: str = option("", "frozen GPT for REPA: a checkpoint (OUT/gpt.pt), gpt2, gpt2-medium ..., a Hugging Face folder, or none")
 
 
 def main():
@@ -37,7 +37,8 @@ def main():
     torch.manual_seed(cfg.seed)
     vae = TextVAE(config).to(device)
     features = lambda batch: None if teacher is None else teacher_features(teacher, batch.tokens, corpus.eot)
-    sample = val_batches(corpus, config.block_size, device, n=16)  # of training data, for statistics
+    rows = val.fixed_batches(4, config.block_size, device)
+    sample = corpus.fixed_batches(16, config.block_size, device)  # of training data, for statistics
     if teacher is not None:
         with autocast:
             f = torch.cat([features(b)[b.weight == 1] for b in sample]).float()  # (tokens, E_teacher)
@@ -51,8 +52,8 @@ def main():
     @torch.no_grad()
     def evaluate(vae):
         active = vae.standardise(sample)
-        rows = [vae(b, features(b)) for b in val_batches(val, config.block_size, device)]
-        mean = {k: sum(r[k].item() for r in rows) / len(rows) for k in rows[0]}
+        reports = [vae(b, features(b)) for b in rows]
+        mean = {k: sum(r[k].item() for r in reports) / len(reports) for k in reports[0]}
         tqdm.write(f"val: accuracy {mean['accuracy']:.4f}, KL {mean['kl']:.1f} nats a token, {active} of {config.channels} "
                    f"channels active, REPA cosine {mean['cos']:.3f}, loss {mean['loss']:.4f}")
         return dict(mean, active=active)

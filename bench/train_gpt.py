@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from textldm import (GPT, GPT_PRESETS, Corpus, TrainConfig, TrunkConfig, command_line, pick_device, run, train,
-                     val_batches, weighted_mean)
+                     weighted_mean)
 
 
 def main():
@@ -25,7 +25,7 @@ def main():
     # one position more than rows have tokens, for the end-of-text token that they begin after
     config.vocab_size, config.block_size = corpus.meta["vocab_size"], corpus.fit(config.block_size) + 1
     torch.manual_seed(cfg.seed)
-    rows = val_batches(val, config.block_size - 1, pick_device(cfg.device)[0], cut_words=False)
+    rows = val.fixed_batches(4, config.block_size - 1, pick_device(cfg.device)[0], cut_words=False)
 
     def loss_of(net, batch, generator=None, step=None):
         logits = net(F.pad(batch.tokens[:, :-1], (1, 0), value=corpus.eot)).float()  # (B, N, V)

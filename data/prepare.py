@@ -289,8 +289,11 @@ def main():
     parser.add_argument("--layout", choices=["documents", "stream"],
                         help="a training row is one document (names, docs), or a window of all of them (files)")
     args = parser.parse_args()
-    embedded = args.paths[0] in ("names", "docs") and len(args.paths) == 1
-    source = {"names": names, "docs": docs}[args.paths[0]] if embedded else Files(args.paths)
+    embedded = args.paths in (["names"], ["docs"])
+    if embedded:
+        print("prepare: a few seconds for names, half a minute for docs", flush=True)
+        documents = list({"names": names, "docs": docs}[args.paths[0]]())
+    source = (lambda: documents) if embedded else Files(args.paths)
     fraction = args.val_fraction if args.val_fraction is not None else 0.05 if embedded else 0.005
     if not 0 < fraction < 1:
         parser.error("--val_fraction must lie between 0 and 1")
@@ -304,8 +307,7 @@ def main():
         tokenizer.update(vocab_size=args.vocab_size, eot=args.vocab_size - 1, bpe=train_bpe(source(), args.vocab_size))
     encoding = load_encoding(tokenizer)
     dtype = "uint16" if tokenizer["vocab_size"] <= 2**16 else "uint32"
-    print(f"prepare: {', '.join(args.paths)} -> {out}, {tokenizer['encoding']} of {tokenizer['vocab_size']} tokens"
-          + (", a few seconds" if embedded else ""))
+    print(f"prepare: {', '.join(args.paths)} -> {out}, {tokenizer['encoding']} of {tokenizer['vocab_size']} tokens", flush=True)
     fresh = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -314,12 +316,12 @@ def main():
         for split, (tokens, documents) in count.items():
             if not documents:
                 raise UserError(f"no document fell to {split}; give --val=FILE, or another --val_fraction than {fraction}")
-        ordered = np.repeat(*np.array(sorted(lengths.items())).T)
+        length, often = np.array(sorted(lengths.items())).T
         meta = dict(tokenizer, dtype=dtype, layout=args.layout or ("documents" if embedded else "stream"),
                     tokens={s: c[0] for s, c in count.items()}, documents={s: c[1] for s, c in count.items()},
                     source=args.paths, sha256=digest, unicode=unicodedata.unidata_version,
                     # a row as long as all but one document of a hundred, for training on documents
-                    longest=int(np.quantile(ordered, 0.99)))
+                    longest=int(length[np.searchsorted(often.cumsum(), 0.99 * often.sum())]))
         (out / "meta.json.tmp").write_text(json.dumps(meta, indent=1))
         for name in ("train.bin", "val.bin", "meta.json"):
             os.replace(out / f"{name}.tmp", out / name)
