@@ -25,8 +25,8 @@ class SampleConfig:
     n: int = option(1, "continuations of each prompt", 1)
     length: int = option(0, "tokens to write at most; 0: what a training row leaves after the prompt", 0)
     steps: int = option(50, "Euler steps", 1)
-    cfg: float = option(2.0, "guidance scale; 1: none", 0)
-    seed: int = option(0, "seed of the noise", 0)
+    cfg: float = option(2.0, "guidance scale; 1: none", 0, 1000)
+    seed: int = option(0, "seed of the noise", 0, 2**31)
     trace: bool = option(False, "print the text at a few steps of the way from noise")
     prompts: str = option("", "file of JSON lines with a prompt each, instead of --prompt")
     output: str = option("", "file to write the same lines to, with the continuation as text")
@@ -43,35 +43,35 @@ def load_models(options, device):
     """(vae, dit, tokenizer) of matching checkpoints."""
     paths = options.vae or f"{options.out}/vae.pt", options.dit or f"{options.out}/dit.pt"
     v = load_checkpoint(paths[0], "vae", "python train_vae.py makes one")
-    d = load_checkpoint(paths[1], "dit", "python train_dit.py makes one", v["tokenizer"])
+    d = load_checkpoint(paths[1], "dit", "python train_dit.py makes one", v.get("tokenizer"))
     vae, dit = model_from(TextVAE, VAEConfig, v), model_from(TextDiT, DiTConfig, d)
-    if d["vae"] != vae.z_mean.tolist():
+    if d.get("vae") != vae.z_mean.tolist():
         raise UserError(f"{paths[1]} was trained on the latents of another VAE than {paths[0]}; name that one with --vae")
     return vae.to(device), dit.to(device), v["tokenizer"]
 
 
 def read_prompts(options):
-    if not Path(options.output or ".").resolve().parent.is_dir():
-        raise UserError(f"the folder of --output={options.output} does not exist; make it first")
+    if options.output and (Path(options.output).is_dir() or not Path(options.output).parent.is_dir()):
+        raise UserError(f"--output={options.output} must be a file, in a folder that exists")
     if not options.prompts:
         return [{"prompt": options.prompt}]
-    if not Path(options.prompts).exists():
-        raise UserError(f"--prompts={options.prompts} does not exist")
+    if not Path(options.prompts).is_file():
+        raise UserError(f"--prompts={options.prompts} does not exist, or is no file")
     lines = []
     for i, line in enumerate(Path(options.prompts).read_text(encoding="utf-8", errors="replace").strip("\n").split("\n")):
         try:
             lines.append(json.loads(line))
             lines[-1]["prompt"] + ""
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f'{options.prompts}, line {i + 1}: expected {{"prompt": "..."}}') from None
     return lines
 
 
 def fit(prompts, length, block_size):
-    """Cuts prompts that leave no room for `length` new tokens; half a row where no length was asked for."""
+    """Cuts prompts that leave no room for `length` new tokens; an eighth of a row where no length was asked for."""
     if length >= block_size:
         raise UserError(f"--length={length} does not fit the model's rows of {block_size} tokens; at most {block_size - 1}")
-    room = block_size - (length or block_size // 2)
+    room = block_size - (length or max(block_size // 8, 1))
     for i, prompt in enumerate(prompts):
         if len(prompt) > room:
             print(f"warning: prompt {i + 1} has {len(prompt)} tokens, {len(prompt) - room} more than fit; its beginning is cut off",
@@ -87,7 +87,8 @@ def generate(gpt, prompts, length, eot, temperature=1.0, seed=0):
     generator, texts = torch.Generator().manual_seed(seed), []
     for prompt in prompts:
         row = [eot, *prompt]
-        while len(row) <= len(prompt) + length and (len(row) == len(prompt) + 1 or row[-1] != eot):
+        end = 1 + len(prompt) + length if length else gpt.config.block_size
+        while len(row) < end and (len(row) == len(prompt) + 1 or row[-1] != eot):
             x = torch.tensor([row[-gpt.config.block_size:]], device=gpt.wte.weight.device)  # (1, N)
             logits = gpt(x)[0, -1].float().cpu()                                            # (V,)
             p = (logits / max(temperature, 1e-9)).softmax(-1)
@@ -98,6 +99,7 @@ def generate(gpt, prompts, length, eot, temperature=1.0, seed=0):
 
 def main():
     options, = command_line(__doc__, SampleConfig)
+    sys.stdout.reconfigure(errors="replace")  # a prompt, or half a character at the end of a text, may not print
     device, autocast = pick_device(options.device)
     if options.gpt:
         gpt, tokenizer = GPT.from_pretrained(options.gpt)
@@ -120,16 +122,15 @@ def main():
     texts, seen = [], []
     for start in tqdm(range(0, len(prompts), options.batch_size), desc="sample", disable=len(prompts) <= options.batch_size):
         some = prompts[start : start + options.batch_size]
-        length = options.length or block_size - max(map(len, some))
         with autocast:
             if options.gpt:
-                new = generate(gpt, some, length, eot, options.temperature, options.seed + start)
+                new = generate(gpt, some, options.length, eot, options.temperature, options.seed + start)
             else:
-                new = continue_texts(vae, dit, some, length, eot, options.steps, options.cfg, options.seed + start,
+                new = continue_texts(vae, dit, some, options.length, eot, options.steps, options.cfg, options.seed + start,
                                      trace if options.trace else None)
         texts += map(show, new)
     if options.output:
-        with open(f"{options.output}.tmp", "w", encoding="utf-8") as f:
+        with open(f"{options.output}.tmp", "w", encoding="utf-8", errors="replace") as f:
             f.writelines(json.dumps(dict(line, text=text), ensure_ascii=False) + "\n" for line, text in zip(lines, texts))
         os.replace(f"{options.output}.tmp", options.output)
     else:

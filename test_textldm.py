@@ -164,10 +164,10 @@ def test_padding_changes_no_number(vae, dit):
 def test_reports_count_up_to_the_first_end_of_text_only(vae):
     batch = make_batch()
     report = vae(batch)
-    tokens = torch.where(batch.weight == 1, batch.tokens, 3)  # other tokens in the tail, and their own text
     logits = vae.decode(vae.posterior(*batch[:2])[0], batch.segment)
     counted = batch.weight == 1
-    assert report["accuracy"].item() == pytest.approx((logits.argmax(-1) == tokens)[counted].float().mean().item())
+    ce = torch.nn.functional.cross_entropy(logits[counted], batch.tokens[counted])
+    assert report["ce"].item() == pytest.approx(ce.item(), rel=1e-4)
     assert (batch.tokens[~counted] == EOT).all() and (batch.tokens == EOT)[counted].sum() == 4
 
 
@@ -372,7 +372,7 @@ def test_gpt_equals_hugging_face(tmp_path, capsys):
     greedy = theirs.generate(tokens[:1, :5], max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=299)
     mine = generate(ours, [tokens[0, 1:5].tolist()], 20, int(tokens[0, 0]), temperature=0)[0]
     n = min(len(mine), 20)
-    assert mine[: n - 1] == greedy[0, 5 : 5 + n - 1].tolist()
+    assert n > 5 and mine[: n - 1] == greedy[0, 5 : 5 + n - 1].tolist()
     with capsys.disabled():
         print(f"\nlargest difference from Hugging Face's logits: {difference:.2e} of {out.logits.abs().max():.1f}")
 
@@ -408,7 +408,7 @@ def read_back(folder):
     """All documents of a prepared folder, as bytes."""
     texts = []
     for split in ("train", "val"):
-        corpus = Corpus(folder, split)
+        corpus = Corpus(folder, split, 2)
         for document in np.split(corpus.tokens, np.flatnonzero(corpus.tokens == corpus.eot) + 1)[:-1]:
             texts.append(corpus.encoding.decode_bytes(document[:-1].tolist()))
     return texts
@@ -451,13 +451,32 @@ def test_every_format_gives_the_same_corpus(tmp_path):
     assert all(m == metas[0] for m in metas)
 
 
+def test_pieces_of_any_size_give_the_same_lines(tmp_path):
+    spec = importlib.util.spec_from_file_location("prepare", ROOT / "data/prepare.py")
+    prepare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(prepare)
+    jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    for prepare.PIECE in (7, 100, 1 << 20):
+        for name in ("a.jsonl", "a.jsonl.gz"):
+            assert list(prepare.Files([tmp_path / name])()) == DOCUMENTS
+
+
+def test_val_within_the_folder_is_not_trained_on(tmp_path):
+    (tmp_path / "in").mkdir()
+    jsonl(tmp_path / "in/a.jsonl", ["for training"] * 9)
+    jsonl(tmp_path / "in/val.jsonl", ["for val"] * 9)
+    script("data/prepare.py", tmp_path / "in", "--val", tmp_path / "in/val.jsonl", "--out", tmp_path / "out", "--encoding=bpe", "--vocab_size=260")
+    assert json.loads((tmp_path / "out/meta.json").read_text())["documents"] == {"train": 9, "val": 9}
+
+
 def test_the_split_depends_on_the_text_alone(tmp_path):
     texts = [f"document {i}" for i in range(300)]
     vals = []
     for k, order in enumerate((texts, texts[::-1])):
         jsonl(tmp_path / f"{k}.jsonl", order)
         script("data/prepare.py", tmp_path / f"{k}.jsonl", "--out", tmp_path / str(k), "--encoding=bpe", "--vocab_size=270", "--val_fraction=0.2")
-        corpus = Corpus(tmp_path / str(k), "val")
+        corpus = Corpus(tmp_path / str(k), "val", 64)
         vals.append(sorted(corpus.encoding.decode(corpus.tokens.tolist()).split("<|endoftext|>")))
     assert vals[0] == vals[1] and 30 < len(vals[0]) < 90
 
@@ -487,14 +506,14 @@ def test_names_and_docs_are_those_of_lab():
 def test_nanogpt_bins_are_gpt2_streams(tmp_path, monkeypatch):
     np.arange(1000, dtype=np.uint16).tofile(tmp_path / "train.bin")
     monkeypatch.setattr(textldm, "load_encoding", lambda tokenizer: tokenizer)
-    corpus = Corpus(tmp_path, "train")
+    corpus = Corpus(tmp_path, "train", 64)
     assert corpus.encoding["encoding"] == "gpt2" and corpus.is_stream
     batch = corpus.batch(np.random.default_rng(0), 16, 32, cut_words=False)
     assert (batch.tokens.diff(dim=1) == 1).all() and len(set(batch.tokens[:, 0].tolist())) > 8 and (batch.weight == 1).all()
 
 
 def test_rows_are_documents_cut_anywhere(home):
-    corpus = Corpus(home / "data", "train")
+    corpus = Corpus(home / "data", "train", 64)
     documents = set(corpus.encoding.decode(corpus.tokens.tolist()).split("<|endoftext|>"))
     tokens, segment, weight = corpus.batch(np.random.default_rng(0), 500, 64)
     empty = inside = 0
@@ -506,7 +525,7 @@ def test_rows_are_documents_cut_anywhere(home):
         assert corpus.encoding.encode_ordinary(context) == row[s == CONTEXT].tolist()  # and reads as a prompt would
         empty += not context
         inside += context[-1:].isalpha() and target[:1].isalpha()
-    assert empty > 40 and inside > 100
+    assert empty > 40 and inside > 50
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -536,20 +555,18 @@ def test_resume_equals_no_interruption(home, tmp_path, monkeypatch):
         assert str(whole["optimizer"]) == str(resumed["optimizer"]) and resumed["step"] == 4
 
 
-def test_training_learns_and_remembers(home):
+def test_training_learns_and_remembers(home, tmp_path):
     lines = [json.loads(line) for line in (home / "out/vae.jsonl").read_text().splitlines()]
     assert {line["step"] for line in lines if "loss" in line} == {1, 2, 3, 4}
     assert {"ce", "kl", "cos", "accuracy", "norm", "lr"} <= lines[1].keys()
-    config = TrunkConfig(**SMALL, block_size=N + 1, vocab_size=V)
-    gpt = GPT(config)
-    tokens = make_batch().tokens
-    optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-2)
-    for _ in range(150):  # one batch is learnt by heart
-        loss = torch.nn.functional.cross_entropy(gpt(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < 0.5
+    for path, stage in (("bench/train_gpt.py", "gpt"), ("train_vae.py", "vae"), ("train_dit.py", "dit")):
+        train(home, path, f"--out={tmp_path}", f"--teacher={home / 'out/gpt.pt'}" if stage == "vae" else "--seed=1",
+              "--learning_rate=1e-2", "--warmup=0", steps=60)
+        losses = [json.loads(line)["val"]["loss"] for line in (tmp_path / f"{stage}.jsonl").read_text().splitlines() if "val" in line]
+        assert min(losses[-5:]) < 0.97 * losses[0], stage
+        best, last = (load_checkpoint(tmp_path / f"{stage}{end}.pt", stage, "") for end in ("", "_last"))
+        averaged = any(not torch.equal(last["model"][k], last["average"][k]) for k in last["model"])
+        assert averaged == (stage == "dit") and best["step"] in range(2, 61, 2)
 
 
 def test_sample_writes_continues_and_warns(home, tmp_path, capsys):
@@ -613,11 +630,12 @@ def test_bad_data_is_refused(home, tmp_path, capsys):
     train_bin, meta = (good[home / "data" / n] for n in ("train.bin", "meta.json"))
     broken("train.bin", b"", "missing or empty")
     broken("train.bin", train_bin[:-1], "do not fit")
-    broken("train.bin", b"\xff\xff" * 20 + b"\x2b\x01" * 99, "beyond its vocabulary")
-    broken("train.bin", b"\x01\x00" * 50, "less than one row")
+    broken("train.bin", train_bin[:-2], "do not fit")
+    broken("train.bin", train_bin.replace(b"e\x00", b"\xff\xff"), "beyond its vocabulary")
+    broken("val.bin", good[home / "data/val.bin"].replace(b"\x2b\x01", b"\x01\x00"), "less than one row")
+    broken("meta.json", meta.replace(b'"uint16"', b'"uint99"'), "do not fit")
     broken("meta.json", meta[:-20], "meta.json do not fit")
     broken("meta.json", meta.replace(b'"eot"', b'"eos"'), "meta.json do not fit")
-    broken("meta.json", meta.replace(b'"documents",', b'"stream",').replace(b'"longest"', b'"x"'), "less than one row") if len(train_bin) < 128 else None
 
 
 def test_bad_sources_are_refused(tmp_path, capsys):
@@ -626,16 +644,22 @@ def test_bad_sources_are_refused(tmp_path, capsys):
     jsonl(tmp_path / "good.jsonl", DOCUMENTS)
     script("data/prepare.py", tmp_path / "good.jsonl", "--out", out, "--encoding=bpe", "--vocab_size=280", "--val_fraction=0.2")
     lines = (tmp_path / "good.jsonl").read_bytes()
+    with tarfile.open(tmp_path / "whole.tar", "w") as tar:
+        (tmp_path / "a.jsonl").write_bytes(lines[:500])
+        tar.add(tmp_path / "a.jsonl", "a.jsonl")
+        tar.add(tmp_path / "good.jsonl", "good.jsonl")
     random = np.random.default_rng(0).bytes(300000).hex().encode()  # so that the compressed file is large
     files = {
-        "cut.jsonl.zst": (zstandard.compress(lines + random)[:-100], "broken or cut off"),
-        "bad.jsonl.zst": (b"not zstandard at all", "broken or cut off"),
-        "cut.jsonl.gz": (gzip.compress(lines + random)[:-100], "broken or cut off"),
-        "bad.jsonl.gz": (b"not gzip at all", "broken or cut off"),
-        "bad.tar": (b"not a tar at all" * 99, "broken or cut off"),
+        "cut.jsonl.zst": (zstandard.compress(lines + random)[:-100], "broken, cut off"),
+        "bad.jsonl.zst": (b"not zstandard at all", "broken, cut off"),
+        "cut.jsonl.gz": (gzip.compress(lines + random)[:-100], "broken, cut off"),
+        "bad.jsonl.gz": (b"not gzip at all", "broken, cut off"),
+        "bad.tar": (b"not a tar at all" * 99, "broken, cut off"),
         "none.jsonl": (b'{"txt": "wrong field"}\nnot json\n[1]\n{"text": 3}\n\n', "no usable document"),
         "empty.jsonl": (b"", "no usable document"),
-        "one.jsonl": (b'{"text": "one one one one"}\n', "no document fell to"),
+        "one.jsonl": (b'{"text": "one one one one"}\n', "documents fell to"),
+        "deep.jsonl": (b"[" * 99999 + b"\n", "no usable document"),
+        "cut.tar": ((tmp_path / "whole.tar").read_bytes()[:1024], "broken, cut off"),
     }
     for name, (data, words) in files.items():
         (tmp_path / name).write_bytes(data)
@@ -646,10 +670,11 @@ def test_bad_sources_are_refused(tmp_path, capsys):
     assert not (tmp_path / "new").exists()
     (tmp_path / "some.jsonl").write_bytes(b"nonsense\n" + lines)  # single bad lines are skipped and counted
     script("data/prepare.py", tmp_path / "some.jsonl", "--out", out, "--encoding=bpe", "--vocab_size=280", "--val_fraction=0.2")
-    assert "skipped 1 unusable line" in capsys.readouterr().out
+    assert "skipped 1 unusable lines of" in capsys.readouterr().out
 
 
-def test_bad_checkpoints_are_refused(home, tmp_path, capsys):
+def test_bad_checkpoints_are_refused(home, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     home = copy_of(home, tmp_path)
     out, data = home / "out", ["--data", home / "data", "--out", home / "out", "--device=cpu"]
     (out / "cut.pt").write_bytes((out / "vae.pt").read_bytes()[:-1000])
@@ -662,6 +687,12 @@ def test_bad_checkpoints_are_refused(home, tmp_path, capsys):
         refuse(capsys, words, "train_vae.py", *data, "--teacher", out / bad, keep=home)
     torch.save({"some": torch.ones(3)}, out / "other.bin")
     refuse(capsys, "Hugging Face", "train_vae.py", *data, "--teacher", out / "other.bin", keep=home)
+    assert not (tmp_path / "pwned").exists()  # nothing in a checkpoint runs
+    state = load_checkpoint(out / "vae.pt", "vae", "")
+    save_checkpoint(out / "wide.pt", **{**state, "config": {**state["config"], "n_embd": 32}})
+    save_checkpoint(out / "odd.pt", **{**state, "config": {"n_odd": 1}})
+    for bad in ("wide.pt", "odd.pt"):
+        refuse(capsys, "does not fit this code", "train_dit.py", *data, "--vae", out / bad, keep=home)
     # another VAE than the DiT's, of the same sizes
     state = load_checkpoint(out / "vae.pt", "vae", "")
     state["model"]["z_mean"] += 1

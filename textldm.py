@@ -13,11 +13,11 @@ Shapes   B rows in a batch      N tokens in a row           V tokens in the voca
          E width of a network   H heads of D = E / H        C channels of a latent
 Time     t = 1 is noise and t = 0 is data, everywhere. The path between them is straight,
          z_t = (1 - t) z_0 + t eps, so its velocity is dz_t/dt = eps - z_0.
-Rows     hold two texts, a context and the target that continues it. `segment` (B, N) says which token is
-         whose: CONTEXT, then TARGET; PADDING, where a batch of prompts is uneven, is seen by nothing. A target
-         that ends before its row goes on with end-of-text tokens, the tail: it is trained, lest a sampler
-         write on after the end, with `weight` (B, N) TAIL_WEIGHT, but no reported number counts it. Text up
-         to and including its end-of-text has weight 1.
+Rows     hold two texts, a context, then the target that continues it. `segment` (B, N) marks tokens CONTEXT or
+         TARGET, or PADDING behind the shorter prompts of a batch, which nothing else sees. A target that ends
+         before its row is followed by a tail of end-of-text tokens. `weight` (B, N) is 1 for the counted tokens,
+         text up to and including its end-of-text, and TAIL_WEIGHT in the tail, which is trained lightly, so that
+         samples stop. Losses that are minimised are averaged by weight; all else over counted tokens.
 Tags     `unspecified:` the paper is silent and the choice is ours.   `deviation:` we do otherwise.
 
 [TextLDM] Jiang et al. 2026, arXiv 2605.07748     [GPT2] Radford et al. 2019     [RoPE] Su et al. 2021, 2104.09864
@@ -58,7 +58,7 @@ def option(default, help, low=None, high=None):
     return field(default=default, metadata=dict(help=help, low=low, high=high))
 
 
-# ---- 1. Blocks: the pre-norm Transformer that all four networks (GPT, encoder, decoder, DiT) are stacks of 
+# ---- 1. Blocks: the pre-norm Transformer that all four networks (GPT, encoder, decoder, DiT) are stacks of
 
 @dataclass
 class TrunkConfig:
@@ -70,12 +70,12 @@ class TrunkConfig:
 
 
 def rotate(x):
-    """Rotary positions [RoPE]: turns pairs of channels of x (B, H, N, D) by angles that grow with the position,
-    so that q . k depends on the distance of two tokens only."""
+    """Rotary positions [RoPE]: turns pairs of channels of x (..., N, D) by angles that grow with the position, so
+    that q . k depends on the distance of two tokens only."""
     N, D = x.shape[-2:]
     frequency = 10000 ** (-torch.arange(0, D, 2, device=x.device) / D)          # (D/2,)
     angle = torch.arange(N, device=x.device)[:, None] * frequency               # (N, D/2)
-    (a, b), cos, sin = x.float().chunk(2, dim=-1), angle.cos(), angle.sin()     # a, b (B, H, N, D/2)
+    (a, b), cos, sin = x.float().chunk(2, dim=-1), angle.cos(), angle.sin()     # a, b (..., N, D/2)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
 
 
@@ -90,10 +90,8 @@ class Attention(nn.Module):
 
     def forward(self, x, rope=False, mask=None, causal=False):
         B, N, E = x.shape
-        qkv = self.c_attn(x).view(B, N, 3, self.n_head, E // self.n_head)       # (B, N, 3, H, D)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # (B, H, N, D) each
-        if rope:
-            q, k = rotate(q), rotate(k)
+        qkv = self.c_attn(x).view(B, N, 3, self.n_head, E // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, N, D)
+        q, k, v = *(rotate(qkv[:2]) if rope else qkv[:2]), qkv[2]               # (B, H, N, D) each
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.c_proj(y.transpose(1, 2).reshape(B, N, E))                  # (B, N, E)
 
@@ -198,12 +196,12 @@ class GPT(Trunk):
             (V, E), n_layer = state["wte.weight"].shape, len({k.split(".")[1] for k in state if k.startswith("h.")})
             gpt = cls(TrunkConfig(n_layer, n_head, E, len(state["wpe.weight"]), V))
             gpt.load_state_dict(state)
-        except (KeyError, ValueError, AttributeError, RuntimeError) as e:
+        except (KeyError, ValueError, TypeError, AttributeError, ZeroDivisionError, RuntimeError) as e:
             raise UserError(f"{path} is no GPT-2 in Hugging Face's layout ({type(e).__name__}: {str(e)[:60]})") from None
         return gpt.eval(), dict(encoding="gpt2", vocab_size=V, eot=V - 1)
 
 
-# ---- 3. The VAE: tokens to latents and back, one latent a token; its encoder aligned to a teacher by REPA 
+# ---- 3. The VAE: tokens to latents and back, one latent a token; its encoder aligned to a teacher by REPA
 
 def same_segment(segment):
     """Who sees whom in the VAE, (B, 1, N, N): query and key of the same text. Context and target share a row
@@ -214,9 +212,8 @@ def same_segment(segment):
 
 @torch.no_grad()
 def teacher_features(teacher, tokens, eot):
-    """What REPA aligns to: (B, N, E_teacher) of the teacher's third-to-last layer for tokens (B, N). unspecified:
-    an `eot` goes first (a causal model's first position is abnormally large); and the teacher reads rows whole,
-    since the meaning of a target token depends on the context: the encoder follows as far as it can."""
+    """What REPA aligns to: (B, N, E_teacher) of the teacher's third-to-last layer for tokens (B, N). unspecified: an
+    `eot` goes first (a causal model's first position is abnormally large), and the teacher reads rows whole."""
     return teacher.hidden_states(F.pad(tokens, (1, 0), value=eot), max(teacher.config.n_layer - 2, 1))[:, 1:]
 
 
@@ -261,9 +258,9 @@ class TextVAE(nn.Module):
         return self.to_logits(self.decoder(self.from_latent(z).float(), same_segment(segment))).float()
 
     def alignment(self, h, features):
-        """REPA [REPA]: cosine (B, N) of the encoder's features h, linearly projected, and the frozen teacher's
-        (B, N, E_teacher). deviation: those are standardised first; a few huge, nearly constant dimensions give
-        any two positions of GPT-2 a cosine of about two thirds."""
+        """REPA [REPA]: cosine (B, N) of the encoder's features h, linearly projected, and the frozen teacher's,
+        (B, N, E_teacher). deviation: the teacher's are standardised first; a few huge, nearly constant dimensions
+        give any two positions of GPT-2 a cosine of about two thirds."""
         target = (features.float() - self.teacher_mean) / self.teacher_std      # (B, N, E_teacher)
         return F.cosine_similarity(self.to_teacher(h).float(), target.detach(), dim=-1)
 
@@ -310,8 +307,8 @@ class DiTConfig(TrunkConfig):
     channels: int = option(0, "C, channels of a latent; 0: the VAE's", 0)
     adaln: bool = option(True, "tell the blocks the time by adaLN-zero; the paper's form does not")
     context_drop: float = option(0.1, "share of rows trained without their context, for guidance (the paper's)", 0, 1)
-    t_mean: float = option(0.0, "logit-normal times: mean (the paper's)")
-    t_std: float = option(1.5, "logit-normal times: std (the paper's)", 1e-3)
+    t_mean: float = option(0.0, "logit-normal times: mean (the paper's)", -9, 9)
+    t_std: float = option(1.5, "logit-normal times: std (the paper's)", 1e-3, 9)
 
 
 class TextDiT(nn.Module):
@@ -339,7 +336,7 @@ class TextDiT(nn.Module):
     def forward(self, x, segment, t):
         """x (B, N, C), clean where segment is CONTEXT, noisy where TARGET; t (B,) -> velocity (B, N, C)."""
         x = self.from_latent(x) + self.segment_emb((segment == TARGET).long())  # (B, N, E)
-        mask = (segment != PADDING)[:, None, None, :]                           # (B, 1, 1, N): all see all but it
+        mask = (segment != PADDING)[:, None, None, :] if (segment == PADDING).any() else None  # (B, 1, 1, N)
         x = self.trunk(x, mask, self.time_embedding(t) if self.config.adaln else None)
         return self.to_velocity(x).float()                                      # (B, N, C)
 
@@ -398,16 +395,17 @@ def euler(velocity, z, times, callback=None):
 
 @torch.no_grad()
 def continue_texts(vae, dit, prompts, length, eot, steps=50, cfg_scale=2.0, seed=0, callback=None):
-    """Continues each prompt (a list of ids, maybe empty) by up to `length` tokens. Returns lists of ids that
-    end with `eot` where the text ended. callback(t, texts) sees, as such lists, what each step points to."""
-    B, N, device = len(prompts), max(map(len, prompts)) + length, vae.z_mean.device
+    """Continues each prompt (ids, maybe none) by up to `length` tokens, or to the end of a training row. Returns
+    lists of ids, with `eot` where the text ended. callback(t, texts) sees the text that each step points to."""
+    ends = [len(prompt) + length if length else dit.config.block_size for prompt in prompts]
+    B, N, device, generator = len(prompts), max(ends), vae.z_mean.device, torch.Generator().manual_seed(seed)
     tokens, segment = torch.full((B, N), eot), torch.full((B, N), PADDING)
-    for i, prompt in enumerate(prompts):
+    for i, (prompt, end) in enumerate(zip(prompts, ends)):
         tokens[i, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
-        segment[i, : len(prompt) + length] = TARGET
+        segment[i, :end] = TARGET
         segment[i, : len(prompt)] = CONTEXT
-    z = torch.zeros(B, N, vae.config.channels)                    # noise from the CPU: the same on every device
-    z[segment == TARGET] = torch.randn(B * length, z.shape[2], generator=torch.Generator().manual_seed(seed))
+    # noise of whole rows, from the CPU: a text depends neither on the device nor on the length of its neighbours
+    z = torch.randn(B, max(N, dit.config.block_size), vae.config.channels, generator=generator)[:, :N]  # (B, N, C)
     tokens, segment, z = tokens.to(device), segment.to(device), z.to(device)
 
     def texts(z):
@@ -416,11 +414,11 @@ def continue_texts(vae, dit, prompts, length, eot, steps=50, cfg_scale=2.0, seed
 
     context = vae.latents(tokens, segment)                                      # (B, N, C)
     times = logit_normal(torch.linspace(1, 0, steps + 1), dit.config).to(device)
-    return texts(euler(lambda z, t: guided_velocity(dit, z, t, context, segment, cfg_scale), z, times,
-                       callback and (lambda t, z, z_0: callback(float(t), texts(z_0)))))
+    velocity = lambda z, t: guided_velocity(dit, z, t, context, segment, cfg_scale)
+    return texts(euler(velocity, z, times, callback and (lambda t, z, z_0: callback(float(t), texts(z_0)))))
 
 
-# ---- 6. Plumbing, once for all scripts: tokenizers, batches, command line, checkpoints, the training loop 
+# ---- 6. Plumbing, once for all scripts: tokenizers, batches, command line, checkpoints, the training loop
 
 # How GPT-2 cuts text into words before it merges bytes (its published pattern); our own BPEs do the same.
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -440,10 +438,10 @@ def load_encoding(tokenizer):
 
 
 class Corpus:
-    """One split of a folder that data/prepare.py (or nanoGPT) wrote, as a memmap. Where meta.json says layout
-    "documents" a row is a document; else a window, in which attention and loss cross end-of-texts freely."""
+    """A memmap of tokens that data/prepare.py (or nanoGPT) wrote. A row of up to N is a document, where meta.json
+    says so, or else a window, in which attention and loss cross end-of-text tokens freely."""
 
-    def __init__(self, folder, split):
+    def __init__(self, folder, split, block_size):
         self.path = path = Path(folder) / f"{split}.bin"
         if not path.exists() or not path.stat().st_size:
             raise UserError(f"{path} is missing or empty; python data/prepare.py makes it (see its --help)")
@@ -454,32 +452,31 @@ class Corpus:
             self.tokenizer = {k: self.meta[k] for k in ("encoding", "vocab_size", "eot", "bpe") if k in self.meta}
             self.encoding, self.eot = load_encoding(self.tokenizer), self.meta["eot"]
             self.tokens = np.memmap(path, self.meta["dtype"], "r")  # ValueError where it is no whole number of tokens
+            if len(self.tokens) != self.meta.get("tokens", {}).get(split, len(self.tokens)):
+                raise ValueError("another number of tokens")
             self.is_stream = self.meta["layout"] != "documents"  # one endless document
             self.ends = np.array([len(self.tokens)]) if self.is_stream else np.flatnonzero(self.tokens == self.eot) + 1
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            self.N = block_size if self.is_stream else min(block_size, max(self.meta["longest"], 2))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise UserError(f"{path} and meta.json do not fit ({type(e).__name__}: {e}); prepare them again") from None
-
-    def fit(self, block_size):
-        """The length of rows: block_size, or, where rows are documents, what nearly all of those have if less."""
-        N = block_size if self.is_stream else min(block_size, max(self.meta.get("longest", block_size), 8))
-        if len(self.tokens) < N or not len(self.ends):
-            raise UserError(f"{self.path} has {len(self.tokens)} tokens, less than one row of {N}; prepare more text")
-        return N
+        if len(self.tokens) < self.N or not len(self.ends):
+            raise UserError(f"{path} has {len(self.tokens)} tokens, less than one row of {self.N}; prepare more text")
 
     def batch(self, rng, B, N, device="cpu", cut_words=True):
         """B rows of N tokens. Each is cut in context and target at a place drawn anew: at the start (an empty
-        context), between tokens, or, in about half of the rows, inside one, so that any prompt is in
+        context), between tokens, or, in about one row of four, inside one, so that any prompt is in
         distribution. unspecified: all of this. The paper cuts, and does not say where."""
         tokens, cuts, lengths = np.full((B, N), self.eot), np.zeros(B, int), np.zeros(B, int)
         for i in range(B):
             d = rng.integers(len(self.ends))
-            start, end = self.ends[d - 1] if d else 0, self.ends[d]
-            start += rng.integers(max(end - start - N, 0) + 1)    # a random stretch of what is longer
+            first, end = self.ends[d - 1] if d else 0, self.ends[d]
+            start = first + rng.integers(max(end - first - self.N, 0) + 1)  # a random stretch of what is longer
             row = self.tokens[start : min(end, start + N)].tolist()
             if max(row) >= self.meta["vocab_size"]:
                 raise UserError(f"{self.path}: token {max(row)} is beyond its vocabulary of {self.meta['vocab_size']}")
             cut = rng.integers(len(row)) if rng.random() > 0.1 else 0
-            if cut_words and cut and rng.random() < 0.5:
+            cut = max(cut, int(start > first and not self.is_stream))           # only a beginning follows nothing
+            if cut_words and cut and rng.random() < 0.25:
                 row, cut = self.cut_word(row, cut, rng)
             lengths[i], cuts[i] = min(len(row), N), min(cut, N - 1)
             tokens[i, : lengths[i]] = row[:N]
@@ -487,10 +484,10 @@ class Corpus:
         weight = np.where(np.arange(N) < lengths[:, None], 1, TAIL_WEIGHT).astype(np.float32)
         return Batch(*(torch.from_numpy(x).to(device) for x in (tokens, segment, weight)))
 
-    def fixed_batches(self, n, N, device, cut_words=True):
+    def fixed_batches(self, n, device, cut_words=True):
         """n batches of up to 16,384 tokens, always the same ones, so that any two checkpoints compare."""
-        B = max(1, min(256, 2**14 // N))
-        return [self.batch(np.random.default_rng((0, i)), B, N, device, cut_words) for i in range(n)]
+        B = max(1, min(256, 2**14 // self.N))
+        return [self.batch(np.random.default_rng((0, i)), B, self.N, device, cut_words) for i in range(n)]
 
     def cut_word(self, row, cut, rng):
         """Moves a cut from before token `cut` to a character inside it. Both sides are written as the
@@ -510,30 +507,30 @@ class TrainConfig:
     data: str = option("data/names", "folder of a prepared corpus")
     out: str = option("out", "folder for checkpoints and metrics")
     resume: bool = option(False, "go on from the last checkpoint in --out")
-    seed: int = option(1, "seed of everything random", 0)
+    seed: int = option(1, "seed of everything random", 0, 2**31)
     batch_size: int = option(192, "rows in a micro-batch", 1)
     accumulate: int = option(1, "micro-batches in a step", 1)
-    max_steps: int = option(600, "optimiser steps", 1)
+    max_steps: int = option(500, "optimiser steps", 1)
     learning_rate: float = option(1e-3, "at its peak", 0)
     warmup: int = option(100, "steps of linear warm-up, before a cosine down to a tenth", 0)
     weight_decay: float = option(0.01, "AdamW's, on matrices only (the paper's)", 0)
-    eval_interval: int = option(200, "steps between evaluations and checkpoints", 1)
+    eval_interval: int = option(250, "steps between evaluations and checkpoints", 1)
     log_interval: int = option(20, "steps between lines of metrics", 1)
     device: str = option("auto", "cpu, cuda, mps, or auto")
     compile: bool = option(False, "torch.compile: a slow start, then faster")
 
 
-# `tiny` is for CPUs; small, medium and large are the paper's. unspecified: depth and width of its DiTs. These hit its
-# 114M, 328M and 768M. Its VAE is one for all; the GPTs are GPT-2's.
+# `tiny` is for CPUs; the others follow the paper, which has one VAE for all sizes; the GPTs follow GPT-2.
+# unspecified: depth and width of the DiTs, chosen to match the paper's 114M, 328M and 768M parameters.
 def paper(n_layer, n_head, n_embd, max_steps=200_000, **more):
     return dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, max_steps=max_steps, block_size=1024, batch_size=16,
                 accumulate=48, learning_rate=1e-4, warmup=2000, eval_interval=2000, **more)
 
 
 GPT_PRESETS = dict(tiny={}, small=paper(12, 12, 768), medium=paper(24, 16, 1024), large=paper(36, 20, 1280))
-PAPER_VAE, PAPER_DIT = dict(channels=64, beta_warmup=10_000), dict(max_steps=1_000_000, adaln=False)
-VAE_PRESETS = dict(tiny={}, **dict.fromkeys(("small", "medium", "large"), paper(9, 12, 768, **PAPER_VAE)))
-DIT_PRESETS = dict(tiny=dict(max_steps=4500, eval_interval=750, learning_rate=2e-3, t_mean=0.5, t_std=1.0),
+PAPER_DIT = dict(max_steps=1_000_000, adaln=False)
+VAE_PRESETS = dict.fromkeys(("small", "medium", "large"), paper(9, 12, 768, channels=64, beta_warmup=10_000)) | dict(tiny={})
+DIT_PRESETS = dict(tiny=dict(max_steps=5000, eval_interval=1000, learning_rate=2e-3, t_mean=0.8, t_std=1.0),
                    small=paper(16, 12, 768, **PAPER_DIT), medium=paper(26, 16, 1024, **PAPER_DIT),
                    large=paper(27, 24, 1536, **PAPER_DIT))
 
@@ -567,7 +564,7 @@ def run(main):  # a script's; a UserError becomes one line and exit code 2
 
 
 def pick_device(name):
-    """A torch.device, and the autocast to compute in: bf16 where the hardware has it."""
+    """A torch.device, and the autocast to compute in: bf16 where the hardware has it, not where it is emulated."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -610,16 +607,18 @@ def load_checkpoint(path, kind, remedy, tokenizer=None):
 
 
 def model_from(cls, config_cls, state):
-    model = cls(config_cls(**state["config"]))
-    model.load_state_dict(state["model"])
-    return model.eval()
+    try:
+        model = cls(config_cls(**state["config"]))
+        model.load_state_dict(state["model"])
+        return model.eval()
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as e:
+        raise UserError(f"the {state.get('kind')} does not fit this code ({type(e).__name__}); train it again") from None
 
 
 def train(stage, cfg, model, corpus, loss_of, evaluate, cut_words=True, ema=False, **extra):
-    """The loop of all stages. loss_of(net, batch, generator, step) -> dict with `loss`; evaluate(model) -> dict
-    with `loss`, on val, telling the reader what to watch. Writes STAGE.pt (best by val loss; of the averaged
-    weights with `ema`), STAGE_last.pt (all it takes to resume) and STAGE.jsonl (metrics) to cfg.out."""
-    (device, autocast), out, N = pick_device(cfg.device), Path(cfg.out), corpus.fit(model.config.block_size)
+    """The loop of all stages. loss_of(net, batch, generator, step) and evaluate(model) return dicts with `loss`, the
+    latter on val. Writes STAGE.pt (best by val; of averaged weights with `ema`), STAGE_last.pt and STAGE.jsonl."""
+    (device, autocast), out = pick_device(cfg.device), Path(cfg.out)
     net = torch.compile(model.to(device)) if cfg.compile else model.to(device)
     average = copy.deepcopy(model).requires_grad_(False) if ema else model
     matrices, vectors = ([p for p in model.parameters() if (p.dim() >= 2) == big] for big in (True, False))
@@ -635,10 +634,10 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, cut_words=True, ema=Fals
         for name, part in parts.items():
             part.load_state_dict(state[name])
         step, best = state["step"], state["best"]
-    corpus.fixed_batches(1, N, device)  # what is wrong with the data shows before any file is touched
+    corpus.fixed_batches(1, device)  # what is wrong with the data shows before any file is touched
     out.mkdir(parents=True, exist_ok=True)
     print(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters on {device}, {cfg.max_steps} steps of "
-          f"{cfg.batch_size * cfg.accumulate} rows of {N} tokens; the bar tells how long it will take", flush=True)
+          f"{cfg.batch_size * cfg.accumulate} rows of {corpus.N} tokens; the bar tells how long it will take", flush=True)
     bar = tqdm(total=cfg.max_steps, initial=step, desc=stage, mininterval=1)
     with open(out / f"{stage}.jsonl", "a" if cfg.resume else "w") as log, bar:
         while step < cfg.max_steps:
@@ -649,7 +648,8 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, cut_words=True, ema=Fals
                 rng = np.random.default_rng((cfg.seed, step, micro))
                 generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
                 # unspecified: the paper truncates rows at random; here the rows of a micro-batch share one length
-                batch = corpus.batch(rng, cfg.batch_size, max(N * int(rng.integers(4, 9)) // 8, 2), device, cut_words)
+                N = max(corpus.N * int(rng.integers(4, 9)) // 8, 2)
+                batch = corpus.batch(rng, cfg.batch_size, N, device, cut_words)
                 with autocast:
                     losses = loss_of(net, batch, generator, step)
                 (losses["loss"] / cfg.accumulate).backward()

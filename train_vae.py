@@ -22,9 +22,9 @@ class Stage1:
 
 def main():
     config, cfg, stage = command_line(__doc__, VAEConfig, TrainConfig, Stage1, presets=VAE_PRESETS)
-    corpus, val = Corpus(cfg.data, "train"), Corpus(cfg.data, "val")
+    corpus, val = (Corpus(cfg.data, split, config.block_size) for split in ("train", "val"))
     device, autocast = pick_device(cfg.device)
-    config.vocab_size, config.block_size = corpus.meta["vocab_size"], corpus.fit(config.block_size)
+    config.vocab_size = corpus.meta["vocab_size"]
     teacher, source = None, stage.teacher or f"{cfg.out}/gpt.pt"
     if source != "none":
         teacher, tokenizer = GPT.from_pretrained(source)
@@ -33,12 +33,13 @@ def main():
                             "train one on this data with bench/train_gpt.py, or use --teacher=none")
         teacher = teacher.to(device).requires_grad_(False)
         config.teacher_embd = teacher.config.n_embd
-        config.block_size = min(config.block_size, teacher.config.block_size - 1)  # room for its end-of-text token
+        corpus.N = val.N = min(corpus.N, teacher.config.block_size - 1)  # room for its end-of-text token
+    config.block_size = corpus.N
     torch.manual_seed(cfg.seed)
     vae = TextVAE(config).to(device)
     features = lambda batch: None if teacher is None else teacher_features(teacher, batch.tokens, corpus.eot)
-    rows = val.fixed_batches(4, config.block_size, device)
-    sample = corpus.fixed_batches(16, config.block_size, device)  # of training data, for statistics
+    rows = val.fixed_batches(4, device)
+    sample = corpus.fixed_batches(16, device)  # of training data, for statistics
     if teacher is not None:
         with autocast:
             f = torch.cat([features(b)[b.weight == 1] for b in sample]).float()  # (tokens, E_teacher)

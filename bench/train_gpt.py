@@ -21,11 +21,11 @@ from textldm import (GPT, GPT_PRESETS, Corpus, TrainConfig, TrunkConfig, command
 
 def main():
     config, cfg = command_line(__doc__, TrunkConfig, TrainConfig, presets=GPT_PRESETS)
-    corpus, val = Corpus(cfg.data, "train"), Corpus(cfg.data, "val")
+    corpus, val = (Corpus(cfg.data, split, config.block_size) for split in ("train", "val"))
     # one position more than rows have tokens, for the end-of-text token that they begin after
-    config.vocab_size, config.block_size = corpus.meta["vocab_size"], corpus.fit(config.block_size) + 1
+    config.vocab_size, config.block_size = corpus.meta["vocab_size"], corpus.N + 1
     torch.manual_seed(cfg.seed)
-    rows = val.fixed_batches(4, config.block_size - 1, pick_device(cfg.device)[0], cut_words=False)
+    rows = val.fixed_batches(4, pick_device(cfg.device)[0], cut_words=False)
 
     def loss_of(net, batch, generator=None, step=None):
         logits = net(F.pad(batch.tokens[:, :-1], (1, 0), value=corpus.eot)).float()  # (B, N, V)

@@ -17,7 +17,6 @@ import gzip
 import hashlib
 import json
 import os
-import shutil
 import sys
 import sysconfig
 import tarfile
@@ -64,7 +63,7 @@ def docs():
                 continue
             try:
                 tree = ast.parse(path.read_bytes())
-            except (SyntaxError, ValueError, RecursionError):
+            except (OSError, SyntaxError, ValueError, RecursionError):
                 continue
             for node in ast.walk(tree):
                 if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -95,19 +94,18 @@ class Files:
         self.bad, self.good = 0, 0
         with tqdm(total=sum(p.stat().st_size for p in self.paths), unit="B", unit_scale=True, desc="read", mininterval=1) as bar:
             for path in self.paths:
+                before = self.good
                 try:
                     with open(path, "rb") as f:
                         yield from self.documents(path.name, Counted(f, bar))
                 except (EOFError, OSError, tarfile.TarError, gzip.zlib.error) as e:
-                    raise UserError(f"{path} is broken or cut off ({type(e).__name__}: {e}); fetch it again") from None
-        if self.bad:
-            print(f"skipped {self.bad} unusable lines")
-        if not self.good:
-            raise UserError(f"no usable document in {', '.join(map(str, self.paths[:3]))}: lines must be JSON with a text field")
+                    raise UserError(f"{path} is broken, cut off or unreadable ({type(e).__name__}: {e}); fetch it again") from None
+                if self.good == before:
+                    raise UserError(f"no usable document in {path}: expected text, or lines of JSON with a text field")
 
     def documents(self, name, f):
         if name.endswith(".tar"):
-            for member in (tar := tarfile.open(fileobj=f, mode="r|")):
+            for member in (tar := tarfile.open(fileobj=f, mode="r|", tarinfo=WholeTar)):
                 if member.isfile() and member.name.endswith(SUFFIXES[:-1]):
                     yield from self.documents(member.name, tar.extractfile(member))
                 tar.members = []  # or they pile up
@@ -128,7 +126,7 @@ class Files:
                 try:
                     text = json.loads(line)["text"]
                     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # JSON may hold half characters
-                except (ValueError, KeyError, TypeError, AttributeError):
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     self.bad += bool(line.strip())
                     continue
                 if text:
@@ -137,6 +135,19 @@ class Files:
     def count(self, text):
         self.good += 1
         return text
+
+
+class WholeTar(tarfile.TarInfo):
+    """Members of a tar that must end as tars do: tarfile takes a damaged header, or none, for the end."""
+
+    @classmethod
+    def fromtarfile(cls, tar):
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as e:
+            raise OSError(f"{e} at byte {tar.offset}") from None
 
 
 class Counted:
@@ -208,6 +219,7 @@ def train_bpe(documents, vocab_size):
             where[pair].add(i)
     tokens = [bytes([b]) for b in range(256)]
     known = set(tokens)
+    bar = tqdm(total=vocab_size - 257, desc="bpe", mininterval=1)
     while len(tokens) < vocab_size - 1:
         best = max(pairs, key=lambda p: (pairs[p], p), default=None)
         if best is None or pairs[best] < 2:
@@ -216,19 +228,21 @@ def train_bpe(documents, vocab_size):
         if merged not in known:  # another pair may have spelt it before
             tokens.append(merged)
             known.add(merged)
+            bar.update()
         for i in where.pop(best):
-            word, new = words[i], []
+            word, new, at = words[i], [], 0
             for pair in zip(word, word[1:]):
                 pairs[pair] -= weights[i]
-            while word:
-                n = 2 if tuple(word[:2]) == best else 1
-                new.append(b"".join(word[:n]))
-                word = word[n:]
+            while at < len(word):
+                n = 2 if tuple(word[at : at + 2]) == best else 1
+                new.append(b"".join(word[at : at + n]))
+                at += n
             words[i] = new
             for pair in zip(new, new[1:]):
                 pairs[pair] += weights[i]
                 where[pair].add(i)
         del pairs[best]
+    bar.close()
     return "".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(tokens))
 
 
@@ -243,8 +257,14 @@ def write_bins(out, encoding, eot, dtype, sources, val_fraction):
     files = {split: open(out / f"{split}.bin.tmp", "wb") for split in count}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
 
+        def ids(text):
+            try:
+                return encoding.encode_to_numpy(text, disallowed_special=())
+            except ValueError:  # tiktoken gives up on a million spaces in a row, but not on half of them
+                return np.append(ids(text[: len(text) // 2]), ids(text[len(text) // 2 :]))
+
         def encode(texts):  # one job is many documents; tiktoken lets go of the interpreter's lock while it works
-            return [np.append(encoding.encode_to_numpy(t, disallowed_special=()), eot).astype(dtype) for t in texts]
+            return [np.append(ids(t), eot).astype(dtype) for t in texts]
 
         def flush(block):
             jobs = [[t for _, t in block[i::os.cpu_count() * 4]] for i in range(os.cpu_count() * 4)]
@@ -290,17 +310,19 @@ def main():
                         help="a training row is one document (names, docs), or a window of all of them (files)")
     args = parser.parse_args()
     embedded = args.paths in (["names"], ["docs"])
-    if embedded:
-        print("prepare: a few seconds for names, half a minute for docs", flush=True)
-        documents = list({"names": names, "docs": docs}[args.paths[0]]())
-    source = (lambda: documents) if embedded else Files(args.paths)
     fraction = args.val_fraction if args.val_fraction is not None else 0.05 if embedded else 0.005
     if not 0 < fraction < 1:
         parser.error("--val_fraction must lie between 0 and 1")
     if not 258 <= args.vocab_size <= 2**31:
         parser.error("--vocab_size must be at least 258: 256 bytes, end-of-text and a merge")
+    if embedded:
+        print("prepare: a few seconds for names, half a minute for docs", flush=True)
+        documents = list({"names": names, "docs": docs}[args.paths[0]]())
+    source = (lambda: documents) if embedded else Files(args.paths)
     val = Files([args.val]) if args.val else None
-    out = Path(args.out or Path("data") / Path(args.paths[0]).name.split(".")[0])
+    if val and not embedded:  # val documents within the folder of the others are not for training
+        source.paths = [p for p in source.paths if p.resolve() not in {q.resolve() for q in val.paths}]
+    out = Path(args.out or Path("data") / Path(args.paths[0]).resolve().name.split(".")[0])
 
     tokenizer = {"encoding": args.encoding or ("bpe" if embedded else "gpt2"), "vocab_size": 50257, "eot": 50256}
     if tokenizer["encoding"] == "bpe":
@@ -309,13 +331,14 @@ def main():
     dtype = "uint16" if tokenizer["vocab_size"] <= 2**16 else "uint32"
     print(f"prepare: {', '.join(args.paths)} -> {out}, {tokenizer['encoding']} of {tokenizer['vocab_size']} tokens", flush=True)
     fresh = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
     try:
+        out.mkdir(parents=True, exist_ok=True)
         sources = [("train", source), ("val", val)] if val else [("by hash", source)]
         count, lengths, digest = write_bins(out, encoding, tokenizer["eot"], dtype, sources, fraction)
         for split, (tokens, documents) in count.items():
             if not documents:
-                raise UserError(f"no document fell to {split}; give --val=FILE, or another --val_fraction than {fraction}")
+                raise UserError(f"none of {sum(c[1] for c in count.values())} documents fell to {split}; give --val=FILE, more "
+                                f"documents, or another --val_fraction than {fraction}")
         length, often = np.array(sorted(lengths.items())).T
         meta = dict(tokenizer, dtype=dtype, layout=args.layout or ("documents" if embedded else "stream"),
                     tokens={s: c[0] for s, c in count.items()}, documents={s: c[1] for s, c in count.items()},
@@ -325,13 +348,19 @@ def main():
         (out / "meta.json.tmp").write_text(json.dumps(meta, indent=1))
         for name in ("train.bin", "val.bin", "meta.json"):
             os.replace(out / f"{name}.tmp", out / name)
+    except OSError as e:
+        raise UserError(f"cannot write --out={out} ({e})") from None
     finally:
         for name in ("train.bin", "val.bin", "meta.json"):
-            (out / f"{name}.tmp").unlink(missing_ok=True)
-        if fresh and not any(out.iterdir()):
-            shutil.rmtree(out)
+            if out.is_dir():
+                (out / f"{name}.tmp").unlink(missing_ok=True)
+        if fresh and out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
     for split, (tokens, documents) in count.items():
         print(f"{split}: {documents:,} documents, {tokens:,} tokens")
+    for files in (source, val):
+        if isinstance(files, Files) and files.bad:
+            print(f"skipped {files.bad} unusable lines of {', '.join(map(str, files.paths[:3]))}")
     print(f"sha256 {digest[:16]}, Unicode {unicodedata.unidata_version}, 99% of documents have at most {meta['longest']} tokens")
 
 
