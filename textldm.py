@@ -530,7 +530,7 @@ def paper(n_layer, n_head, n_embd, max_steps=200_000, **more):
 GPT_PRESETS = dict(tiny={}, small=paper(12, 12, 768), medium=paper(24, 16, 1024), large=paper(36, 20, 1280))
 PAPER_DIT = dict(max_steps=1_000_000, adaln=False)
 VAE_PRESETS = dict.fromkeys(("small", "medium", "large"), paper(9, 12, 768, channels=64, beta_warmup=10_000)) | dict(tiny={})
-DIT_PRESETS = dict(tiny=dict(max_steps=5000, eval_interval=1000, learning_rate=2e-3, t_mean=0.8, t_std=1.0),
+DIT_PRESETS = dict(tiny=dict(max_steps=4000, eval_interval=1000, learning_rate=2e-3, t_mean=0.8, t_std=1.0),
                    small=paper(16, 12, 768, **PAPER_DIT), medium=paper(26, 16, 1024, **PAPER_DIT),
                    large=paper(27, 24, 1536, **PAPER_DIT))
 
