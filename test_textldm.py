@@ -530,8 +530,8 @@ def test_rows_are_documents_cut_anywhere(home):
 
 def test_only_beginnings_have_an_empty_context(home):
     corpus = Corpus(home / "data", "train", 8)
-    beginnings = {tuple(d[:8].tolist()) for d in np.split(corpus.tokens, corpus.ends)[:-1]}
-    tokens, segment, _ = corpus.batch(np.random.default_rng(0), 500, 8)
+    beginnings = {(*d.tolist(), *[corpus.eot] * 8)[:8] for d in np.split(corpus.tokens, corpus.ends)[:-1]}
+    tokens, segment, _ = corpus.batch(np.random.default_rng(0), 500, 8, cut_words=False)
     empty = [tuple(row.tolist()) for row, s in zip(tokens, segment) if (s == TARGET).all()]
     assert len(empty) > 20 and set(empty) <= beginnings and not {tuple(row.tolist()) for row in tokens} <= beginnings
 
