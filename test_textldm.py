@@ -126,7 +126,7 @@ def test_dit_target_sees_context_and_context_is_clean(dit):
     assert (grad[segment == CONTEXT] != 0).any(-1).all()
     noised = {}  # what the DiT is given: context untouched at any t, target noised
     z_0, eps, t = torch.randn(4, N, C), torch.randn(4, N, C), torch.full((4,), 0.7)
-    velocity_loss(lambda x, s, t: noised.update(x=x) or x, z_0, segment, t, eps)
+    velocity_loss(lambda x, s, t, logits: noised.update(x=x) or (x, None), z_0, segment, t, eps)
     assert torch.equal(noised["x"][segment == CONTEXT], z_0[segment == CONTEXT])
     assert torch.allclose(noised["x"][segment == TARGET], (0.3 * z_0 + 0.7 * eps)[segment == TARGET])
 
@@ -152,7 +152,7 @@ def test_padding_changes_no_number(vae, dit):
     eps, t = torch.randn(4, N + pad, C), torch.rand(4)
     z = vae.latents(*padded[:2])
     assert torch.allclose(z[:, :N], vae.latents(*batch[:2]), atol=1e-5)
-    error, _ = velocity_loss(dit, z, padded.segment, t, eps)
+    error, *_ = velocity_loss(dit, z, padded.segment, t, eps)
     assert torch.allclose(error[:, :N], velocity_loss(dit, z[:, :N], batch.segment, t, eps[:, :N])[0], rtol=1e-4)
     means = []
     for b in (batch, padded):
@@ -226,14 +226,14 @@ def test_standardised_latents_have_mean_0_and_std_1(vae):
 def test_an_untrained_dit_predicts_zero(vae):
     dit = TextDiT(DiTConfig(**SMALL, channels=C))
     z_0, eps, segment = torch.randn(4, N, C), torch.randn(4, N, C), make_batch().segment
-    error, guess = velocity_loss(dit, z_0, segment, torch.rand(4), eps)
+    error, guess, _ = velocity_loss(dit, z_0, segment, torch.rand(4), eps)
     assert torch.allclose(error, (eps - z_0).square().mean(-1))
 
 
 def test_an_exact_velocity_has_no_loss_and_gives_back_the_data():
     z_0, eps, segment = torch.randn(4, N, C), torch.randn(4, N, C), torch.full((4, N), TARGET)
     t = torch.tensor([0.1, 0.5, 0.9, 1.0])
-    error, guess = velocity_loss(lambda x, s, t: (x - z_0) / t[:, None, None], z_0, segment, t, eps)
+    error, guess, _ = velocity_loss(lambda x, s, t, logits: ((x - z_0) / t[:, None, None], None), z_0, segment, t, eps)
     assert error.max() < 1e-8 and torch.allclose(guess, z_0, atol=1e-5)
 
 
@@ -245,6 +245,33 @@ def test_flow_loss_learns_from_targets_alone(vae, dit):
     assert torch.equal(flow_loss(dit, vae, all_context, dit.config, torch.Generator().manual_seed(0))["loss"], loss["loss"])
     no_tail = batch._replace(weight=(batch.weight == 1).float())
     assert flow_loss(dit, vae, no_tail, dit.config, torch.Generator().manual_seed(0))["loss"].item() == pytest.approx(loss["flow"].item())
+
+
+def test_infill_keeps_some_targets_clean_and_counts_the_others(vae):
+    batch, seen = make_batch(rows=64), {}
+    z_0 = vae.latents(batch.tokens, batch.segment)
+
+    def dit(x, segment, t, logits):
+        seen.update(x=x, segment=segment)
+        return torch.zeros_like(x), None
+    for infill in (0.0, 1.0):
+        config = DiTConfig(**SMALL, channels=C, infill=infill, context_drop=0)
+        flow_loss(dit, vae, batch, config, torch.Generator().manual_seed(0))
+        filled = (batch.segment == TARGET) & (seen["segment"] == CONTEXT)
+        assert torch.equal(seen["x"][seen["segment"] == CONTEXT], z_0[seen["segment"] == CONTEXT])
+        assert (seen["segment"] == CONTEXT)[batch.segment == CONTEXT].all()
+        assert 0.5 * infill <= filled.sum() / (batch.segment == TARGET).sum() <= 0.8 * infill
+
+
+def test_token_loss_adds_the_cross_entropy_of_targets(vae):
+    batch = make_batch()._replace(weight=torch.ones(4, N))
+    loss = {}
+    for weight in (0.5, 1.5):
+        dit = randomise(TextDiT(DiTConfig(**SMALL, vocab_size=V, channels=C, token_loss=weight)), scale=0.1)
+        loss[weight] = flow_loss(dit, vae, batch, dit.config, torch.Generator().manual_seed(0))
+        assert loss[weight]["loss"].item() == pytest.approx(loss[weight]["flow"].item() + weight * loss[weight]["ce"].item(), rel=1e-5)
+    dit.to_logits.weight.data.zero_()
+    assert flow_loss(dit, vae, batch, dit.config, torch.Generator().manual_seed(0))["ce"].item() == pytest.approx(math.log(V))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -341,6 +368,15 @@ def test_rotary_attention_sees_distances_only():
         same = scores.diagonal(distance, dim1=-2, dim2=-1)
         assert torch.allclose(same, same[..., :1].expand_as(same), atol=1e-4)
     assert not torch.allclose(scores[..., 0, 1], scores[..., 0, 3], atol=1e-2)
+
+
+def test_heads_begin_by_looking_at_neighbours():
+    attention = textldm.Attention(64, 4)
+    attention.c_attn.bias.data.zero_()
+    attention.look_near()
+    q, k, _ = attention.c_attn(torch.zeros(1, N, 64)).view(N, 3, 4, 16).permute(1, 2, 0, 3)
+    looks = (textldm.rotate(q) @ textldm.rotate(k).mT).argmax(-1)[:, 5]
+    assert looks.tolist() == [6, 4, 7, 3]
 
 
 def test_gpt_loads_hugging_face_layout(tmp_path):

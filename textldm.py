@@ -13,11 +13,11 @@ Shapes   B rows in a batch      N tokens in a row           V tokens in the voca
          E width of a network   H heads of D = E / H        C channels of a latent
 Time     t = 1 is noise and t = 0 is data, everywhere. The path between them is straight,
          z_t = (1 - t) z_0 + t eps, so its velocity is dz_t/dt = eps - z_0.
-Rows     hold two texts, a context, then the target that continues it. `segment` (B, N) marks tokens CONTEXT or
-         TARGET, or PADDING behind the shorter prompts of a batch, which nothing else sees. A target that ends
-         before its row is followed by a tail of end-of-text tokens. `weight` (B, N) is 1 for the counted tokens,
-         text up to and including its end-of-text, and TAIL_WEIGHT in the tail, which is trained lightly, so that
-         samples stop. Losses that are minimised are averaged by weight; all else over counted tokens.
+Rows     hold two texts, a context, then the target that continues it (Corpus.batch makes them). `segment` (B, N)
+         marks tokens CONTEXT or TARGET, or PADDING, which nothing else sees, where a row sampled beside longer ones
+         ends. A target that ends before its row is followed by a tail of end-of-text tokens. `weight` (B, N) is 1
+         for the counted tokens, text up to and including its end-of-text, and TAIL_WEIGHT in the tail, which is
+         trained lightly, so that samples stop. Losses are averaged by weight; all else over counted tokens.
 Tags     `unspecified:` the paper is silent and the choice is ours.   `deviation:` we do otherwise.
 
 [TextLDM] Jiang et al. 2026, arXiv 2605.07748     [GPT2] Radford et al. 2019     [RoPE] Su et al. 2021, 2104.09864
@@ -95,10 +95,20 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.c_proj(y.transpose(1, 2).reshape(B, N, E))                  # (B, N, E)
 
+    def look_near(self):
+        """Sets the biases of q and k so that, with rotary positions, head 0 begins by looking one token ahead, head 1
+        one back, head 2 two ahead, ... Left to itself, a DiT may take thousands of steps to find neighbours."""
+        H, D = self.n_head, self.c_attn.out_features // 3 // self.n_head
+        q, k, _ = self.c_attn.bias.data.view(3, H, D)                           # (H, D) each
+        turned = rotate(2.0 * (torch.arange(D) < D // 2).expand(H + 1, D))      # row i: one vector, turned by i positions
+        for h in range(H):
+            ahead, other = (q, k) if h % 2 == 0 else (k, q)
+            ahead[h], other[h] = turned[h // 2 + 1], turned[0]
+
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). With `adaln` an embedding of the time shifts, scales
-    and gates both branches (adaLN-zero, section 3.2 of [DiT]); the gates are zero when training begins."""
+    and gates both branches (adaLN-zero, section 3.2 of [DiT]; the last norm it leaves alone). Gates begin at zero."""
 
     def __init__(self, n_embd, n_head, adaln=False):
         super().__init__()
@@ -242,7 +252,8 @@ class TextVAE(nn.Module):
         self.to_logits = nn.Linear(E, config.vocab_size, bias=False)
         self.to_teacher = nn.Linear(E, config.teacher_embd) if config.teacher_embd else None
         init_weights(self)
-        # Statistics of training data. unspecified: the scale of the latents. beta is too small to hold it near 1.
+        # Statistics of training data: z's from `standardise`, at every evaluation; the teacher's from train_vae.py.
+        # unspecified: the scale of the latents. beta is too small to hold it near 1.
         for name, width in (("z", C), ("teacher", config.teacher_embd)):
             self.register_buffer(f"{name}_mean", torch.zeros(width))
             self.register_buffer(f"{name}_std", torch.ones(width))
@@ -305,8 +316,11 @@ class TextVAE(nn.Module):
 @dataclass
 class DiTConfig(TrunkConfig):
     channels: int = option(0, "C, channels of a latent; 0: the VAE's", 0)
-    adaln: bool = option(True, "tell the blocks the time by adaLN-zero; the paper's form does not")
+    adaln: bool = option(True, "deviation: tell the blocks the time, by adaLN-zero")
     context_drop: float = option(0.1, "share of rows trained without their context, for guidance (the paper's)", 0, 1)
+    near: bool = option(False, "deviation: attention begins by looking at neighbours")
+    infill: float = option(0.0, "deviation: share of rows in which some of the target stays clean, as context", 0, 1)
+    token_loss: float = option(0.0, "deviation: weight of the cross-entropy of tokens read off the DiT", 0)
     t_mean: float = option(0.0, "logit-normal times: mean (the paper's)", -9, 9)
     t_std: float = option(1.5, "logit-normal times: std (the paper's)", 1e-3, 9)
 
@@ -324,8 +338,11 @@ class TextDiT(nn.Module):
             self.time_mlp = nn.Sequential(nn.Linear(E, E), nn.SiLU(), nn.Linear(E, E), nn.SiLU())
         self.trunk = Trunk(config, config.adaln)
         self.to_velocity = nn.Linear(E, config.channels)
+        self.to_logits = nn.Linear(E, config.vocab_size, bias=False) if config.token_loss else None  # in training alone
         init_weights(self)
         nn.init.zeros_(self.to_velocity.weight)                                 # training starts from v = 0
+        for block in self.trunk.h if config.near else ():
+            block.attn.look_near()
 
     def time_embedding(self, t):
         """Sinusoids of t (B,) as in [DiT], whose times run to 1000: without that factor all t look alike."""
@@ -333,12 +350,14 @@ class TextDiT(nn.Module):
         angle = 1000 * t[:, None] * 10000 ** (-torch.arange(half, device=t.device) / half)  # (B, E/2)
         return self.time_mlp(torch.cat((angle.cos(), angle.sin()), dim=-1))     # (B, E)
 
-    def forward(self, x, segment, t):
-        """x (B, N, C), clean where segment is CONTEXT, noisy where TARGET; t (B,) -> velocity (B, N, C)."""
+    def forward(self, x, segment, t, logits=False):
+        """x (B, N, C), clean where segment is CONTEXT, noisy where TARGET; t (B,) -> velocity (B, N, C), and with
+        `logits` a pair of it and logits (B, N, V) of the tokens, None without a token loss."""
         x = self.from_latent(x) + self.segment_emb((segment == TARGET).long())  # (B, N, E)
         mask = (segment != PADDING)[:, None, None, :] if (segment == PADDING).any() else None  # (B, 1, 1, N)
         x = self.trunk(x, mask, self.time_embedding(t) if self.config.adaln else None)
-        return self.to_velocity(x).float()                                      # (B, N, C)
+        v = self.to_velocity(x).float()                                         # (B, N, C)
+        return (v, self.to_logits and self.to_logits(x).float()) if logits else v
 
 
 # ---- 5. Flow matching [FM]: the loss, and the sampler ----------------------------------------------------
@@ -351,23 +370,31 @@ def logit_normal(u, config):
 
 def velocity_loss(dit, z_0, segment, t, eps, drop=None):
     """Flow matching (Eq. 5 of [TextLDM]): latents z_0 and noise eps (B, N, C), times t (B,); rows where drop
-    (B,) is true have zeros for a context. Returns the squared error (B, N), which means something on the
-    target only, and the estimate of z_0 (B, N, C) that the velocity amounts to."""
+    (B,) is true have zeros for a context. Returns the squared error (B, N), which means something on the target
+    only, the estimate of z_0 (B, N, C) that the velocity amounts to, and the DiT's logits (B, N, V) or None."""
     at = t[:, None, None]                                                       # (B, 1, 1)
     z_t = (1 - at) * z_0 + at * eps                                             # (B, N, C)
     context = z_0 if drop is None else z_0.masked_fill(drop[:, None, None], 0)
-    v = dit(torch.where((segment == TARGET)[..., None], z_t, context), segment, t)
-    return (v - (eps - z_0)).square().mean(-1), z_t - at * v
+    v, logits = dit(torch.where((segment == TARGET)[..., None], z_t, context), segment, t, logits=True)
+    return (v - (eps - z_0)).square().mean(-1), z_t - at * v, logits
 
 
 def flow_loss(dit, vae, batch, config, generator):
-    """The loss of stage 2 on a batch; times, noise and dropped contexts come from the generator."""
+    """The loss of stage 2 on a batch; times, noise and dropped contexts come from the generator. With `infill` some
+    targets stay clean, as context: known neighbours teach what follows what long before noisy ones do, as does a
+    cross-entropy of tokens (token_loss), whose logits are then forgotten."""
     z_0 = vae.latents(batch.tokens, batch.segment)                              # (B, N, C)
-    u, drop = torch.rand(2, len(z_0), generator=generator, device=z_0.device)   # (B,) each
+    u, drop, some, share = torch.rand(4, len(z_0), generator=generator, device=z_0.device)  # (B,) each
     eps = torch.randn(z_0.shape, generator=generator, device=z_0.device)
-    error, _ = velocity_loss(dit, z_0, batch.segment, logit_normal(u, config), eps, drop < config.context_drop)
-    weight = batch.weight * (batch.segment == TARGET)
-    return dict(loss=weighted_mean(error, weight), flow=weighted_mean(error.detach(), weight == 1))
+    known = torch.rand(z_0.shape[:2], generator=generator, device=z_0.device) < 0.3 + 0.7 * share[:, None]  # (B, N)
+    segment = batch.segment.masked_fill(known & (some < config.infill)[:, None], CONTEXT)
+    error, _, logits = velocity_loss(dit, z_0, segment, logit_normal(u, config), eps, drop < config.context_drop)
+    weight = batch.weight * (segment == TARGET)
+    report = dict(flow=weighted_mean(error.detach(), weight == 1))
+    if logits is not None:
+        ce = F.cross_entropy(logits.flatten(0, 1), batch.tokens.flatten(), reduction="none").view(weight.shape)  # (B, N)
+        error, report["ce"] = error + config.token_loss * ce, weighted_mean(ce.detach(), weight == 1)
+    return dict(report, loss=weighted_mean(error, weight))
 
 
 def guided_velocity(dit, z, t, context, segment, cfg_scale):
@@ -404,7 +431,7 @@ def continue_texts(vae, dit, prompts, length, eot, steps=50, cfg_scale=2.0, seed
         tokens[i, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
         segment[i, :end] = TARGET
         segment[i, : len(prompt)] = CONTEXT
-    # noise of whole rows, from the CPU: a text depends neither on the device nor on the length of its neighbours
+    # noise of whole rows, from the CPU: the same on any device and beside neighbours of any length
     z = torch.randn(B, max(N, dit.config.block_size), vae.config.channels, generator=generator)[:, :N]  # (B, N, C)
     tokens, segment, z = tokens.to(device), segment.to(device), z.to(device)
 
@@ -464,17 +491,17 @@ class Corpus:
 
     def batch(self, rng, B, N, device="cpu", cut_words=True):
         """B rows of N tokens. Each is cut in context and target at a place drawn anew: at the start (an empty
-        context), between tokens, or, in about one row of four, inside one, so that any prompt is in
+        context), between tokens, or, in about one row of five, inside one, so that any prompt is in
         distribution. unspecified: all of this. The paper cuts, and does not say where."""
         tokens, cuts, lengths = np.full((B, N), self.eot), np.zeros(B, int), np.zeros(B, int)
         for i in range(B):
             d = rng.integers(len(self.ends))
             first, end = self.ends[d - 1] if d else 0, self.ends[d]
-            start = first + rng.integers(max(end - first - self.N, 0) + 1)  # a random stretch of what is longer
-            row = self.tokens[start : min(end, start + N)].tolist()
+            start = first + rng.integers(max(end - first - N, 0) + 1)           # a random stretch of what is longer
+            row = self.tokens[start : min(end, start + N + 4)].tolist()         # a few more, as cut_word may merge some
             if max(row) >= self.meta["vocab_size"]:
                 raise UserError(f"{self.path}: token {max(row)} is beyond its vocabulary of {self.meta['vocab_size']}")
-            cut = rng.integers(len(row)) if rng.random() > 0.1 else 0
+            cut = rng.integers(min(len(row), N)) if rng.random() > 0.1 else 0
             cut = max(cut, int(start > first and not self.is_stream))           # only a beginning follows nothing
             if cut_words and cut and rng.random() < 0.25:
                 row, cut = self.cut_word(row, cut, rng)
@@ -528,11 +555,10 @@ def paper(n_layer, n_head, n_embd, max_steps=200_000, **more):
 
 
 GPT_PRESETS = dict(tiny={}, small=paper(12, 12, 768), medium=paper(24, 16, 1024), large=paper(36, 20, 1280))
-PAPER_DIT = dict(max_steps=1_000_000, adaln=False)
 VAE_PRESETS = dict.fromkeys(("small", "medium", "large"), paper(9, 12, 768, channels=64, beta_warmup=10_000)) | dict(tiny={})
-DIT_PRESETS = dict(tiny=dict(max_steps=4000, eval_interval=1000, learning_rate=2e-3, t_mean=0.8, t_std=1.0),
-                   small=paper(16, 12, 768, **PAPER_DIT), medium=paper(26, 16, 1024, **PAPER_DIT),
-                   large=paper(27, 24, 1536, **PAPER_DIT))
+DIT_PRESETS = {k: paper(*size, max_steps=1_000_000, adaln=False) for k, size in dict(
+    small=(16, 12, 768), medium=(26, 16, 1024), large=(27, 24, 1536)).items()} | dict(
+    tiny=dict(max_steps=4000, eval_interval=1000, learning_rate=2e-3, t_mean=0.8, t_std=1.0))
 
 
 def command_line(description, *types, presets=None):
@@ -616,8 +642,9 @@ def model_from(cls, config_cls, state):
 
 
 def train(stage, cfg, model, corpus, loss_of, evaluate, cut_words=True, ema=False, **extra):
-    """The loop of all stages. loss_of(net, batch, generator, step) and evaluate(model) return dicts with `loss`, the
-    latter on val. Writes STAGE.pt (best by val; of averaged weights with `ema`), STAGE_last.pt and STAGE.jsonl."""
+    """The loop of all stages. loss_of(net, batch, generator, step) and evaluate(model) return dicts with `loss`, the latter
+    on val; extra is what else a resumed run must share (the DiT's: its VAE). Writes STAGE.pt (best by val; of averaged
+    weights with `ema`), STAGE_last.pt and STAGE.jsonl."""
     (device, autocast), out = pick_device(cfg.device), Path(cfg.out)
     net = torch.compile(model.to(device)) if cfg.compile else model.to(device)
     average = copy.deepcopy(model).requires_grad_(False) if ema else model
@@ -625,7 +652,8 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, cut_words=True, ema=Fals
     optimizer = torch.optim.AdamW([dict(params=matrices), dict(params=vectors, weight_decay=0)], betas=(0.9, 0.98),
                                   weight_decay=cfg.weight_decay, fused=device.type != "mps")
     parts = dict(model=model, average=average, optimizer=optimizer)
-    identity = dict(kind=stage, config=asdict(model.config), tokenizer=corpus.tokenizer, **extra)
+    same = {k: getattr(cfg, k) for k in ("seed", "batch_size", "accumulate", "learning_rate", "warmup", "weight_decay")}
+    identity = dict(kind=stage, config=asdict(model.config), tokenizer=corpus.tokenizer, train=same, **extra)
     step, best, last = 0, math.inf, out / f"{stage}_last.pt"
     if cfg.resume:
         state = load_checkpoint(last, stage, "start without --resume", corpus.tokenizer)
@@ -661,7 +689,7 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, cut_words=True, ema=Fals
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-            if ema:  # a decay of 0.999 from the start would leave a short run's average half initialisation
+            if ema:  # unspecified. A decay of 0.999 from the start would leave a short run's average half initialisation
                 for a, p in zip(average.parameters(), model.parameters()):
                     a.lerp_(p.detach(), 1 - min(0.999, (1 + step) / (10 + step)))
             bar.update()

@@ -51,8 +51,8 @@ def main():
         mean = lambda x: weighted_mean(x.float(), counted).item()
         lines, table = [f"{'t':>5}{'loss':>9}{'shuffled':>10}{'noisy':>8}{'predicted':>11}"], []
         for t in torch.arange(1, 10, device=device) / 10:
-            error, guess = velocity_loss(dit, z_0, segment, t.expand(len(z_0)), eps)
-            shuffled, _ = velocity_loss(dit, strange, segment, t.expand(len(z_0)), eps)
+            error, guess, _ = velocity_loss(dit, z_0, segment, t.expand(len(z_0)), eps)
+            shuffled, *_ = velocity_loss(dit, strange, segment, t.expand(len(z_0)), eps)
             noisy = torch.where(is_target, z_0 + t / (1 - t) * eps, z_0)        # z_t / (1 - t)
             table.append(dict(t=round(t.item(), 1), loss=mean(error), shuffled=mean(shuffled),
                               noisy=mean(vae.read(noisy, segment) == tokens), predicted=mean(vae.read(guess, segment) == tokens)))
