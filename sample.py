@@ -2,7 +2,7 @@
 
     python sample.py --prompt="arabic letter" --n=4
     python sample.py --prompt="combining g" --trace             # the text as it forms out of noise
-    python sample.py --prompts=in.jsonl --output=out.jsonl      # lines of {"prompt": ...}; adds "text"
+    python sample.py --prompts=in.jsonl --output=out.jsonl      # lines of {"prompt": ...}; adds "text", and if it "ended"
     python sample.py --prompt="greek" --gpt=out/gpt.pt          # what the autoregressive baseline writes
 """
 
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from textldm import (GPT, DiTConfig, TextDiT, TextVAE, UserError, VAEConfig, command_line, continue_texts,
@@ -29,7 +30,7 @@ class SampleConfig:
     seed: int = option(0, "seed of the noise", 0, 2**31)
     trace: bool = option(False, "print the text at a few steps of the way from noise")
     prompts: str = option("", "file of JSON lines with a prompt each, instead of --prompt")
-    output: str = option("", "file to write the same lines to, with the continuation as text")
+    output: str = option("", "file to write the same lines to, with the continuation as text, and whether it ended")
     batch_size: int = option(64, "prompts at once", 1)
     out: str = option("out", "folder of the checkpoints")
     dit: str = option("", "checkpoint of stage 2 (OUT/dit.pt)")
@@ -81,20 +82,27 @@ def fit(prompts, length, block_size):
 
 
 @torch.no_grad()
-def generate(gpt, prompts, length, eot, temperature=1.0, seed=0):
-    """Continues prompts (lists of ids, read from an `eot` on) with the autoregressive baseline, token by token,
-    as `continue_texts` does with TextLDM; temperature 0 is greedy."""
-    generator, texts = torch.Generator().manual_seed(seed), []
-    for prompt in prompts:
-        row = [eot, *prompt]
-        end = 1 + len(prompt) + length if length else gpt.config.block_size
-        while len(row) < end and (len(row) == len(prompt) + 1 or row[-1] != eot):
-            x = torch.tensor([row[-gpt.config.block_size:]], device=gpt.wte.weight.device)  # (1, N)
-            logits = gpt(x)[0, -1].float().cpu()                                            # (V,)
-            p = (logits / max(temperature, 1e-9)).softmax(-1)
-            row.append(int(torch.multinomial(p, 1, generator=generator) if temperature else logits.argmax()))
-        texts.append(row[1 + len(prompt):])
-    return texts
+def generate(gpt, prompts, length, eot, temperature=1.0, top_p=1.0, seed=0):
+    """Continues prompts (lists of ids, read from an `eot` on) with the autoregressive baseline, as `continue_texts` does
+    with TextLDM; temperature 0 is greedy, top_p keeps the likeliest tokens that together have that probability."""
+    rows, block, device = [[eot, *prompt] for prompt in prompts], gpt.config.block_size, gpt.wte.weight.device
+    ends = [len(row) + length if length else block for row in rows]
+    # a row's luck is its own, whatever its neighbours; greedy is to be lucky always
+    u = [(temperature > 0) * torch.rand(end, generator=torch.Generator().manual_seed(seed * 1_000_003 + i)) for i, end in enumerate(ends)]
+    live = [i for i, row in enumerate(rows) if len(row) < ends[i]]
+    while live:
+        seen = [rows[i][-block:] for i in live]
+        x = torch.tensor([row + [eot] * (max(map(len, seen)) - len(row)) for row in seen], device=device)  # (B, N)
+        h = gpt.hidden_states(x, gpt.config.n_layer)[range(len(live)), [len(row) - 1 for row in seen]]      # (B, E)
+        logits = F.linear(gpt.ln_f(h), gpt.wte.weight).float().cpu()                                        # (B, V)
+        p, order = (logits / max(temperature, 1e-4)).softmax(-1).sort(descending=True)                      # (B, V)
+        p = p * (p.cumsum(-1) - p < max(top_p, 1e-9))
+        luck = torch.stack([u[i][len(rows[i])] for i in live])[:, None] * p.sum(-1, keepdim=True)           # (B, 1)
+        pick = (p.cumsum(-1) <= luck).sum(-1, keepdim=True).minimum((p > 0).sum(-1, keepdim=True) - 1)      # (B, 1)
+        for i, token in zip(live, order.gather(1, pick).flatten().tolist()):
+            rows[i].append(token)
+        live = [i for i in live if len(rows[i]) < ends[i] and rows[i][-1] != eot]
+    return [row[1 + len(prompt):] for row, prompt in zip(rows, prompts)]
 
 
 def main():
@@ -124,17 +132,17 @@ def main():
         some = prompts[start : start + options.batch_size]
         with autocast:
             if options.gpt:
-                new = generate(gpt, some, options.length, eot, options.temperature, options.seed + start)
+                new = generate(gpt, some, options.length, eot, options.temperature, seed=options.seed + start)
             else:
                 new = continue_texts(vae, dit, some, options.length, eot, options.steps, options.cfg, options.seed + start,
                                      trace if options.trace else None)
-        texts += map(show, new)
+        texts += [(show(ids), eot in ids) for ids in new]
     if options.output:
         with open(f"{options.output}.tmp", "w", encoding="utf-8", errors="replace") as f:
-            f.writelines(json.dumps(dict(line, text=text), ensure_ascii=False) + "\n" for line, text in zip(lines, texts))
+            f.writelines(json.dumps(dict(line, text=text, ended=ended), ensure_ascii=False) + "\n" for line, (text, ended) in zip(lines, texts))
         os.replace(f"{options.output}.tmp", options.output)
     else:
-        for line, text in zip(lines, texts):
+        for line, (text, _) in zip(lines, texts):
             print(f"{line['prompt']}|{text}")
 
 

@@ -628,6 +628,73 @@ def test_sample_writes_continues_and_warns(home, tmp_path, capsys):
     assert [line["id"] for line in lines] == [1, 2] and all(isinstance(line["text"], str) for line in lines)
 
 
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """The report of bench/evaluate.py on canned text: sentences that a GPT learns in seconds, and floors."""
+    folder, rng = tmp_path_factory.mktemp("judged"), np.random.default_rng(0)
+    nouns, verbs, places = "cat dog bird fox owl".split(), "sees hears finds loves".split(), "wood house river sky".split()
+    texts = sorted({f"the {a} {v} the {b} near the {p} and then the {c} {w} the {d} near the {q}" for a, v, b, p, c, w, d, q in
+                    zip(*(rng.choice(words, 600) for words in (nouns, verbs, nouns, places, nouns, verbs, nouns, places)))})
+    script("data/prepare.py", jsonl(folder / "texts.jsonl", texts), "--out", folder / "data", "--encoding=bpe", "--vocab_size=300",
+           "--layout=documents", "--val_fraction=0.2")
+    for seed, out in ((1, "out"), (2, "out/evaluator")):
+        script("bench/train_gpt.py", "--data", folder / "data", "--out", folder / out, f"--seed={seed}", "--n_layer=2", "--n_head=2", "--n_embd=32",
+               "--max_steps=150", "--batch_size=32", "--learning_rate=1e-2", "--warmup=10", "--device=cpu")
+    judge(folder, "--systems=gpt")
+    benchmark, = (folder / "data").glob("benchmark_60_1_*.jsonl")
+    lines = [json.loads(line) for line in benchmark.read_text().splitlines()]
+    theirs = folder / "theirs.jsonl"
+    theirs.write_text("".join(json.dumps(dict(prompt=b["prompt"], text=" the" * len(b["reference"].split()))) + "\n" for b in lines))
+    judge(folder, "--systems=real,other,unigram,prompt,gpt", f"--texts={theirs}")
+    return folder, theirs
+
+
+def judge(folder, *more):
+    script("bench/evaluate.py", "--data", folder / "data", "--out", folder / "out", "--n=60", "--clusters=8", "--device=cpu", *more)
+
+
+def test_every_floor_is_caught_and_real_text_lies_where_it_must(judged):
+    folder, theirs = judged
+    report = json.loads((folder / "out/eval.json").read_text())
+    systems = report["systems"]
+    real, other, unigram, prompt, gpt, collapsed = systems.values()
+    nll, spread = (lambda s: s["nll"][0]), (lambda s: s["entropy"][0])
+    assert 1.5 * nll(real) < nll(other) < nll(prompt) < nll(unigram), "what does not follow is improbable; without order, more so"
+    assert abs(nll(gpt) - nll(real)) < 0.2 and abs(spread(gpt) - spread(real)) < 0.2, "a trained model is near real text"
+    assert spread(collapsed) < 0.5 < spread(real) - 0.5 and collapsed["distinct_2"][0] < 0.5 * real["distinct_2"][0]
+    assert prompt["copied_prompt"] > 80 > 40 > max(s["copied_prompt"] for s in systems.values() if s is not prompt)
+    assert unigram["copied_train"] < 0.5 * real["copied_train"]
+    if not isinstance(real["rouge"], str):
+        assert real["rouge"][0][0] == 100 > 90 > max(s["rouge"][2][0] for s in systems.values() if s is not real)
+        assert other["rouge"][1][0] > 2 * unigram["rouge"][1][0], "pairs of words need an order"
+    if not isinstance(real["mauve"], str):
+        assert min(s["mauve"][0] for s in (real, other, gpt)) > 2 * max(s["mauve"][0] for s in (unigram, prompt, collapsed))
+    assert len(report["frontier"]["gpt"]) == 6 and report["systems"]["gpt"]["knob"] in [p["knob"] for p in report["frontier"]["gpt"]]
+    assert (folder / "out/eval.md").read_text().count("| gpt |") == 2
+
+
+def test_bad_benchmarks_are_refused(judged, tmp_path, capsys):
+    folder, theirs = judged
+    options = ("bench/evaluate.py", "--data", folder / "data", "--out", folder / "out", "--n=60", "--device=cpu", "--systems=real")
+    before = sorted(folder.rglob("*"))
+    refuse(capsys, "has only", *options, "--n=5000")
+    refuse(capsys, "kind 'fake'", *options, "--systems=real,fake")
+    refuse(capsys, "--top_p=1,x", *options, "--systems=gpt", "--top_p=1,x")
+    file = tmp_path / "bench.jsonl"
+    for line, sentence in (('{"prompt": "a"}', 'line 1: expected {"prompt"'), ("[1]", "line 1"), ("{", "line 1"),
+                           ('{"prompt": "a", "reference": " "}', "the reference is empty"),
+                           ('{"prompt": "a", "reference": "b"}', "has 1 lines")):
+        file.write_text(line + "\n")
+        refuse(capsys, sentence, *options, f"--benchmark={file}")
+    refuse(capsys, "does not exist", *options, f"--benchmark={tmp_path / 'none'}")
+    file.write_text('{"prompt": "a", "text": "b"}\n')
+    refuse(capsys, "does not match the benchmark", *options, f"--texts={file}")
+    refuse(capsys, "evaluator/gpt.pt is missing", *options, "--out", tmp_path)
+    refuse(capsys, "judged by itself", *options, "--systems=gpt", f"--evaluator={folder / 'out/gpt.pt'}")
+    refuse(capsys, "two rows", *options, "--systems=real,real")
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_missing_packages_are_one_sentence(home, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "zstandard", None)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)

@@ -341,8 +341,9 @@ class TextDiT(nn.Module):
         self.to_logits = nn.Linear(E, config.vocab_size, bias=False) if config.token_loss else None  # in training alone
         init_weights(self)
         nn.init.zeros_(self.to_velocity.weight)                                 # training starts from v = 0
-        for block in self.trunk.h if config.near else ():
-            block.attn.look_near()
+        if config.near:
+            for block in self.trunk.h:
+                block.attn.look_near()
 
     def time_embedding(self, t):
         """Sinusoids of t (B,) as in [DiT], whose times run to 1000: without that factor all t look alike."""
