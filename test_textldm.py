@@ -248,30 +248,34 @@ def test_flow_loss_learns_from_targets_alone(vae, dit):
 
 
 def test_infill_keeps_some_targets_clean_and_counts_the_others(vae):
-    batch, seen = make_batch(rows=64), {}
+    batch, seen = make_batch(rows=8), {}
     z_0 = vae.latents(batch.tokens, batch.segment)
 
-    def dit(x, segment, t, logits):
+    def dit(x, segment, t, logits):  # absurd about what is clean
         seen.update(x=x, segment=segment)
-        return torch.zeros_like(x), None
+        return torch.where((segment == TARGET)[..., None], 0.0, 1e6).expand_as(x), None
     for infill in (0.0, 1.0):
         config = DiTConfig(**SMALL, channels=C, infill=infill, context_drop=0)
-        flow_loss(dit, vae, batch, config, torch.Generator().manual_seed(0))
+        loss = flow_loss(dit, vae, batch, config, torch.Generator().manual_seed(0))
         filled = (batch.segment == TARGET) & (seen["segment"] == CONTEXT)
         assert torch.equal(seen["x"][seen["segment"] == CONTEXT], z_0[seen["segment"] == CONTEXT])
         assert (seen["segment"] == CONTEXT)[batch.segment == CONTEXT].all()
-        assert 0.5 * infill <= filled.sum() / (batch.segment == TARGET).sum() <= 0.8 * infill
+        assert 0.4 * infill <= filled.sum() / (batch.segment == TARGET).sum() <= 0.9 * infill
+        assert loss["loss"] < 100 and loss["flow"] < 100, "what is clean is not counted"
 
 
-def test_token_loss_adds_the_cross_entropy_of_targets(vae):
+def test_token_loss_is_the_cross_entropy_of_targets(vae):
     batch = make_batch()._replace(weight=torch.ones(4, N))
-    loss = {}
-    for weight in (0.5, 1.5):
-        dit = randomise(TextDiT(DiTConfig(**SMALL, vocab_size=V, channels=C, token_loss=weight)), scale=0.1)
-        loss[weight] = flow_loss(dit, vae, batch, dit.config, torch.Generator().manual_seed(0))
-        assert loss[weight]["loss"].item() == pytest.approx(loss[weight]["flow"].item() + weight * loss[weight]["ce"].item(), rel=1e-5)
-    dit.to_logits.weight.data.zero_()
-    assert flow_loss(dit, vae, batch, dit.config, torch.Generator().manual_seed(0))["ce"].item() == pytest.approx(math.log(V))
+    sure = lambda x, segment, t, logits: (torch.zeros_like(x), 20.0 * torch.nn.functional.one_hot(batch.tokens, V))
+    for dit, ce in ((sure, 0), (lambda *a, **k: (sure(*a, **k)[0], 0 * sure(*a, **k)[1]), math.log(V))):
+        for weight in (0.5, 1.5):
+            config = DiTConfig(**SMALL, vocab_size=V, channels=C, token_loss=weight)
+            loss = flow_loss(dit, vae, batch, config, torch.Generator().manual_seed(0))
+            assert loss["ce"].item() == pytest.approx(ce, abs=1e-4)
+            assert loss["loss"].item() == pytest.approx(loss["flow"].item() + weight * ce, rel=1e-4)
+    dit = TextDiT(DiTConfig(**SMALL, vocab_size=V, channels=C, token_loss=1.0))
+    flow_loss(dit, vae, batch, dit.config, torch.Generator().manual_seed(0))["loss"].backward()
+    assert dit.to_logits.weight.grad.abs().sum() > 0 and dit.trunk.ln_f.weight.grad.abs().sum() > 0
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -327,7 +331,7 @@ def test_same_seed_same_text_whatever_the_neighbours(vae, dit):
     text = continue_texts(vae, dit, prompts, 6, EOT, steps=5, seed=3)
     assert text == continue_texts(vae, dit, prompts, 6, EOT, steps=5, seed=3)
     assert text != continue_texts(vae, dit, prompts, 6, EOT, steps=5, seed=4)
-    assert text[:1] == continue_texts(vae, dit, prompts[:1] + [[5, 6, 7, 8, 9, 10]], 6, EOT, steps=5, seed=3)[:1]
+    assert text[1:2] == continue_texts(vae, dit, [[5, 6, 7, 8, 9, 10], [4]], 6, EOT, steps=5, seed=3)[1:]
 
 
 def test_texts_stop_at_the_end_of_text(vae, dit):
@@ -340,12 +344,16 @@ def test_the_callback_sees_the_way_from_noise(vae, dit):
     text = continue_texts(vae, dit, [[1, 2]], 6, EOT, steps=8, callback=lambda t, texts: seen.append((t, texts)))
     assert [t for t, _ in seen] == sorted((t for t, _ in seen), reverse=True) and seen[0][0] == 1 and len(seen) == 8
     assert seen[-1][1] == text  # the last step goes where the last velocity points
+    data, ways = torch.randn(2, 3, C), []
+    euler(lambda z, t: (z - data) / t, torch.randn(2, 3, C), torch.linspace(1, 0, 6), lambda t, z, z_0: ways.append(z_0))
+    assert len(ways) == 5 and all(torch.allclose(z_0, data, atol=1e-5) for z_0 in ways)
 
 
 def test_times_are_told_apart():
-    dit = randomise(TextDiT(DiTConfig(**SMALL, channels=C)))
+    dit = TextDiT(DiTConfig(**SMALL, channels=C))
+    dit.time_mlp = torch.nn.Identity()
     a, b = dit.time_embedding(torch.tensor([0.1, 0.12]))
-    assert not torch.allclose(a, b, rtol=0.01)
+    assert (a - b).abs().max() > 0.5
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -662,6 +670,7 @@ def test_every_floor_is_caught_and_real_text_lies_where_it_must(judged):
     assert 1.5 * nll(real) < nll(other) < nll(prompt) < nll(unigram), "what does not follow is improbable; without order, more so"
     assert abs(nll(gpt) - nll(real)) < 0.2 and abs(spread(gpt) - spread(real)) < 0.2, "a trained model is near real text"
     assert spread(collapsed) < 0.5 < spread(real) - 0.5 and collapsed["distinct_2"][0] < 0.5 * real["distinct_2"][0]
+    assert abs(spread(unigram) - spread(real)) < 0.5, "what is wrong with it is not its words"
     assert prompt["copied_prompt"] > 80 > 40 > max(s["copied_prompt"] for s in systems.values() if s is not prompt)
     assert unigram["copied_train"] < 0.5 * real["copied_train"]
     if not isinstance(real["rouge"], str):
