@@ -14,8 +14,8 @@ Shapes   B rows in a batch      N tokens in a row           V tokens in the voca
 Time     t = 1 is noise and t = 0 is data, everywhere. The path between them is straight,
          z_t = (1 - t) z_0 + t eps, so its velocity is dz_t/dt = eps - z_0.
 Rows     hold two texts, a context, then the target that continues it (Corpus.batch makes them). `segment` (B, N)
-         marks tokens CONTEXT or TARGET, or PADDING, which nothing else sees, where a row sampled beside longer ones
-         ends. A target that ends before its row is followed by a tail of end-of-text tokens. `weight` (B, N) is 1
+         marks tokens CONTEXT or TARGET, or PADDING, which nothing else sees, behind a row sampled beside longer ones.
+         A target that ends before its row is followed by a tail of end-of-text tokens. `weight` (B, N) is 1
          for the counted tokens, text up to and including its end-of-text, and TAIL_WEIGHT in the tail, which is
          trained lightly, so that samples stop. Losses are averaged by weight; all else over counted tokens.
 Tags     `unspecified:` the paper is silent and the choice is ours.   `deviation:` we do otherwise.
@@ -96,11 +96,11 @@ class Attention(nn.Module):
         return self.c_proj(y.transpose(1, 2).reshape(B, N, E))                  # (B, N, E)
 
     def look_near(self):
-        """Sets the biases of q and k so that, with rotary positions, head 0 begins by looking one token ahead, head 1
-        one back, head 2 two ahead, ... Left to itself, a DiT may take thousands of steps to find neighbours."""
+        """Biases of q and k with which head 0 begins by looking mostly one token ahead, head 1 one back, head 2 two ahead,
+        and so on: turned by their positions, m + j and n for a query at m and a key at n, they agree best at n = m + j."""
         H, D = self.n_head, self.c_attn.out_features // 3 // self.n_head
         q, k, _ = self.c_attn.bias.data.view(3, H, D)                           # (H, D) each
-        turned = rotate(2.0 * (torch.arange(D) < D // 2).expand(H + 1, D))      # row i: one vector, turned by i positions
+        turned = rotate(2.0 * (torch.arange(D) < D // 2).expand(H + 1, D))      # (H + 1, D), row j: one vector, turned by j
         for h in range(H):
             ahead, other = (q, k) if h % 2 == 0 else (k, q)
             ahead[h], other[h] = turned[h // 2 + 1], turned[0]
@@ -108,7 +108,7 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). With `adaln` an embedding of the time shifts, scales
-    and gates both branches (adaLN-zero, section 3.2 of [DiT]; the last norm it leaves alone). Gates begin at zero."""
+    and gates both branches (adaLN-zero, section 3.2 of [DiT]; unlike there, not the last norm). Gates begin at zero."""
 
     def __init__(self, n_embd, n_head, adaln=False):
         super().__init__()
@@ -190,7 +190,8 @@ class GPT(Trunk):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 url = f"https://huggingface.co/openai-community/{source}/resolve/main/pytorch_model.bin"
-                path.exists() or torch.hub.download_url_to_file(url, str(path))
+                if not path.exists():
+                    torch.hub.download_url_to_file(url, str(path))
             except OSError as e:
                 raise UserError(f"cannot download {source} ({e}); name a local folder instead") from None
         elif path.is_dir():
@@ -319,7 +320,7 @@ class DiTConfig(TrunkConfig):
     adaln: bool = option(True, "deviation: tell the blocks the time, by adaLN-zero")
     context_drop: float = option(0.1, "share of rows trained without their context, for guidance (the paper's)", 0, 1)
     near: bool = option(False, "deviation: attention begins by looking at neighbours")
-    infill: float = option(0.0, "deviation: share of rows in which some of the target stays clean, as context", 0, 1)
+    infill: float = option(0.0, "deviation: share of rows in which most of the target stays clean, as context", 0, 1)
     token_loss: float = option(0.0, "deviation: weight of the cross-entropy of tokens read off the DiT", 0)
     t_mean: float = option(0.0, "logit-normal times: mean (the paper's)", -9, 9)
     t_std: float = option(1.5, "logit-normal times: std (the paper's)", 1e-3, 9)
@@ -338,7 +339,7 @@ class TextDiT(nn.Module):
             self.time_mlp = nn.Sequential(nn.Linear(E, E), nn.SiLU(), nn.Linear(E, E), nn.SiLU())
         self.trunk = Trunk(config, config.adaln)
         self.to_velocity = nn.Linear(E, config.channels)
-        self.to_logits = nn.Linear(E, config.vocab_size, bias=False) if config.token_loss else None  # in training alone
+        self.to_logits = nn.Linear(E, config.vocab_size, bias=False) if config.token_loss else None  # unused in sampling
         init_weights(self)
         nn.init.zeros_(self.to_velocity.weight)                                 # training starts from v = 0
         if config.near:
@@ -352,8 +353,8 @@ class TextDiT(nn.Module):
         return self.time_mlp(torch.cat((angle.cos(), angle.sin()), dim=-1))     # (B, E)
 
     def forward(self, x, segment, t, logits=False):
-        """x (B, N, C), clean where segment is CONTEXT, noisy where TARGET; t (B,) -> velocity (B, N, C), and with
-        `logits` a pair of it and logits (B, N, V) of the tokens, None without a token loss."""
+        """x (B, N, C), clean (or dropped: zero) where segment is CONTEXT, noisy where TARGET; t (B,) -> velocity (B, N, C).
+        With `logits` a pair: the velocity, and logits (B, N, V) of the tokens, or None where there is no token loss."""
         x = self.from_latent(x) + self.segment_emb((segment == TARGET).long())  # (B, N, E)
         mask = (segment != PADDING)[:, None, None, :] if (segment == PADDING).any() else None  # (B, 1, 1, N)
         x = self.trunk(x, mask, self.time_embedding(t) if self.config.adaln else None)
@@ -371,8 +372,8 @@ def logit_normal(u, config):
 
 def velocity_loss(dit, z_0, segment, t, eps, drop=None):
     """Flow matching (Eq. 5 of [TextLDM]): latents z_0 and noise eps (B, N, C), times t (B,); rows where drop
-    (B,) is true have zeros for a context. Returns the squared error (B, N), which means something on the target
-    only, the estimate of z_0 (B, N, C) that the velocity amounts to, and the DiT's logits (B, N, V) or None."""
+    (B,) is true have zeros for a context. Returns the squared error (B, N), the estimate of z_0 (B, N, C) that the
+    velocity amounts to, both of which mean something on the target only, and the DiT's logits (B, N, V) or None."""
     at = t[:, None, None]                                                       # (B, 1, 1)
     z_t = (1 - at) * z_0 + at * eps                                             # (B, N, C)
     context = z_0 if drop is None else z_0.masked_fill(drop[:, None, None], 0)
@@ -381,14 +382,14 @@ def velocity_loss(dit, z_0, segment, t, eps, drop=None):
 
 
 def flow_loss(dit, vae, batch, config, generator):
-    """The loss of stage 2 on a batch; times, noise and dropped contexts come from the generator. With `infill` some
-    targets stay clean, as context: known neighbours teach what follows what long before noisy ones do, as does a
-    cross-entropy of tokens (token_loss), whose logits are then forgotten."""
+    """The loss of stage 2 on a batch; times, noise and dropped contexts come from the generator. In `infill` of the
+    rows 30 to 100% of the positions become CONTEXT (zeros too where that is dropped): known neighbours teach what
+    follows what sooner than noisy ones. Unlike a context when sampling, they were encoded beside the other targets."""
     z_0 = vae.latents(batch.tokens, batch.segment)                              # (B, N, C)
-    u, drop, some, share = torch.rand(4, len(z_0), generator=generator, device=z_0.device)  # (B,) each
+    u, drop, fill, share = torch.rand(4, len(z_0), generator=generator, device=z_0.device)  # (B,) each
     eps = torch.randn(z_0.shape, generator=generator, device=z_0.device)
     known = torch.rand(z_0.shape[:2], generator=generator, device=z_0.device) < 0.3 + 0.7 * share[:, None]  # (B, N)
-    segment = batch.segment.masked_fill(known & (some < config.infill)[:, None], CONTEXT)
+    segment = batch.segment.masked_fill(known & (fill < config.infill)[:, None], CONTEXT)
     error, _, logits = velocity_loss(dit, z_0, segment, logit_normal(u, config), eps, drop < config.context_drop)
     weight = batch.weight * (segment == TARGET)
     report = dict(flow=weighted_mean(error.detach(), weight == 1))
@@ -587,7 +588,8 @@ def run(main):  # a script's; a UserError becomes one line and exit code 2
     try:
         main()
     except UserError as e:
-        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
 
 
 def pick_device(name):
