@@ -260,7 +260,16 @@ def mauve(real, features, clusters, rng):
         import mauve as package
     except ImportError:
         return "pip install mauve-text"
-    one = lambda p, q: 100 * package.compute_mauve(p_features=p, q_features=q, num_buckets=clusters, seed=1, verbose=False).mauve
+
+    def one(p, q):
+        stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 2)  # faiss warns, in C, of fewer than 39 points a cluster
+        try:
+            return 100 * package.compute_mauve(p_features=p, q_features=q, num_buckets=clusters, seed=1, verbose=False).mauve
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            os.close(null)
     some = lambda x: x[rng.permutation(len(x))[: len(x) // 2]]
     return one(real, features), 1.96 * float(np.std([one(some(real), some(features)) for _ in range(8)], ddof=1))
 

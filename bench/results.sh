@@ -33,4 +33,4 @@ for s in 1 2; do
     once $out/long$s bench/train_gpt.py --seed=$s --max_steps=2000  # past its best val loss, which is kept: more changes nothing
     systems+=",gpt $s=gpt:$out/s$s/gpt.pt,gpt long $s=gpt:$out/long$s/gpt.pt,textldm $s=textldm:$out/s$s,no repa $s=textldm:$out/norepa$s"
 done
-python bench/evaluate.py --data=$data --out=$out --n=$n --systems="$systems"
+python bench/evaluate.py --data=$data --out=$out --n=$n --cfg=1,2,3,5 --steps=50 --systems="$systems"
