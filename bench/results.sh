@@ -22,7 +22,7 @@ once() {  # once FOLDER SCRIPT OPTIONS...: unless it was done before
     python $script --data=$data --out=$folder $rows "$@"
     touch $folder/$(basename $script).done
 }
-once $out/evaluator bench/train_gpt.py --seed=1234 --n_layer=6 --n_embd=256 --max_steps=1500
+once $out/evaluator bench/train_gpt.py --seed=1234 --n_layer=6 --n_embd=256 --max_steps=1000
 systems=real,other,unigram,prompt
 for s in 1 2; do
     once $out/s$s bench/train_gpt.py --seed=$s
