@@ -426,12 +426,13 @@ def draw_frontier(path, frontier, real):
         return print("frontier: pip install matplotlib for the picture")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    plt.figure(figsize=(7, 5))
+    plt.figure(figsize=(8, 6))
+    plt.gca().set_prop_cycle(color=plt.colormaps["tab20"].colors)
     for name, points in frontier.items():
         for knob, curve in curves_of(points).items():
             plt.plot([p["entropy"] for p in curve], [p["nll"] for p in curve], "o-", label=f"{name}, {knob}")
             for p in curve:
-                plt.annotate(f"{list(p['knob'].values())[-1]:g}", (p["entropy"], p["nll"]), fontsize=6)
+                plt.annotate(f"{p['knob'].get('cfg', p['knob'].get('temperature')):g}", (p["entropy"], p["nll"]), fontsize=6)
     plt.plot(real["entropy"], real["nll"], "k*", markersize=14, label="real text")
     plt.xlabel("unigram entropy at equal token count, nats")
     plt.ylabel("generative NLL, nats a token")
