@@ -796,7 +796,7 @@ def test_bad_sources_are_refused(tmp_path, capsys):
 def test_bad_checkpoints_are_refused(home, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     home = copy_of(home, tmp_path)
-    out, data = home / "out", ["--data", home / "data", "--out", home / "out", "--device=cpu"]
+    out, data = home / "out", ["--data", home / "data", "--out", home / "out", "--device=cpu", "--max_steps=2"]
     (out / "cut.pt").write_bytes((out / "vae.pt").read_bytes()[:-1000])
     (out / "code.pt").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
     for bad, words in (("cut.pt", "no whole checkpoint"), ("code.pt", "no whole checkpoint"), ("none.pt", "missing; python"),
@@ -820,7 +820,7 @@ def test_bad_checkpoints_are_refused(home, tmp_path, capsys, monkeypatch):
     refuse(capsys, "another VAE", "sample.py", "--out", out, "--vae", out / "vae2.pt", keep=home)
     # another vocabulary
     script("data/prepare.py", home / "docs.jsonl", "--out", home / "data2", "--encoding=bpe", "--vocab_size=290", "--layout=documents", "--val_fraction=0.2")
-    other = ["--data", home / "data2", "--out", out, "--device=cpu"]
+    other = ["--data", home / "data2", "--out", out, "--device=cpu", "--max_steps=2"]
     refuse(capsys, "another vocabulary", "train_dit.py", *other, keep=home)
     refuse(capsys, "different tokenizers", "train_vae.py", *other, keep=home)
     refuse(capsys, "another vocabulary", "bench/train_gpt.py", *other, "--resume", keep=home)
