@@ -51,21 +51,26 @@ def load_models(options, device):
     return vae.to(device), dit.to(device), v["tokenizer"]
 
 
+def read_lines(path, wanted, option=""):
+    """The dicts of a file of JSON lines, each with the wanted fields as text; option is what named the file."""
+    if not Path(path).is_file():
+        raise UserError(f"{option}{path} does not exist, or is no file")
+    lines = []
+    for i, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").strip("\n").split("\n")):
+        try:
+            lines.append(json.loads(line))
+            [lines[-1][k] + "" for k in wanted]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(f"{path}, line {i + 1}: expected " + "{" + ", ".join(f'"{k}": "..."' for k in wanted) + "}") from None
+    return lines
+
+
 def read_prompts(options):
     if options.output and (Path(options.output).is_dir() or not Path(options.output).parent.is_dir()):
         raise UserError(f"--output={options.output} must be a file, in a folder that exists")
     if not options.prompts:
         return [{"prompt": options.prompt}]
-    if not Path(options.prompts).is_file():
-        raise UserError(f"--prompts={options.prompts} does not exist, or is no file")
-    lines = []
-    for i, line in enumerate(Path(options.prompts).read_text(encoding="utf-8", errors="replace").strip("\n").split("\n")):
-        try:
-            lines.append(json.loads(line))
-            lines[-1]["prompt"] + ""
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f'{options.prompts}, line {i + 1}: expected {{"prompt": "..."}}') from None
-    return lines
+    return read_lines(options.prompts, ["prompt"], "--prompts=")
 
 
 def fit(prompts, length, block_size):

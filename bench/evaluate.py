@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # BERTScore is computed where its weights are, and never fetches them
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import SampleConfig, fit, generate, load_models
+from sample import SampleConfig, fit, generate, load_models, read_lines
 from textldm import GPT, Corpus, UserError, command_line, continue_texts, load_encoding, option, pick_device, run
 
 
@@ -47,7 +47,7 @@ class EvalConfig:
     n: int = option(1000, "prompts", 8)
     seed: int = option(1, "of the benchmark, of the texts and of the intervals", 0, 2**31)
     systems: str = option("real,other,unigram,prompt,gpt,textldm", "rows of the table: [LABEL=]KIND[:PATH], ...")
-    texts: str = option("", 'what another system wrote: JSON lines {"prompt", "text"}, in the benchmark\'s order')
+    texts: str = option("", 'what another system wrote: JSON lines {"prompt", "text"}, matched by prompt')
     evaluator: str = option("", "GPT that scores: a checkpoint (OUT/evaluator/gpt.pt), gpt2-large, or a Hugging Face folder")
     cfg: str = option("1,1.5,2,3,5", "guidance scales to choose from")
     steps: str = option("20,50", "Euler steps to choose from")
@@ -89,20 +89,6 @@ def write_whole(path, text):
         os.replace(f"{path}.tmp", path)
     except OSError as e:
         raise UserError(f"cannot write {path} ({e.strerror})") from None
-
-
-def read_lines(path, wanted):
-    """The dicts of a file of JSON lines, each with the wanted fields as text."""
-    if not Path(path).is_file():
-        raise UserError(f"{path} does not exist, or is no file")
-    lines = []
-    for i, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").strip("\n").split("\n")):
-        try:
-            lines.append(json.loads(line))
-            [lines[-1][k] + "" for k in wanted]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"{path}, line {i + 1}: expected " + "{" + ", ".join(f'"{k}": "..."' for k in wanted) + "}") from None
-    return lines
 
 
 def load_benchmark(options, corpus):
