@@ -17,10 +17,12 @@ import pytest
 import torch
 
 import textldm
+import train_dit
+import train_vae
 from sample import generate
-from textldm import (CONTEXT, DIT_PRESETS, GPT, PADDING, TARGET, VAE_PRESETS, Batch, Corpus, DiTConfig, TextDiT, TextVAE,
-                     TrunkConfig, UserError, VAEConfig, continue_texts, euler, flow_loss, guided_velocity, load_checkpoint,
-                     logit_normal, save_checkpoint, teacher_features, velocity_loss)
+from textldm import (CONTEXT, GPT, PADDING, TARGET, Batch, Corpus, DiTConfig, TextDiT, TextVAE, TrunkConfig, UserError, VAEConfig,
+                     continue_texts, euler, flow_loss, guided_velocity, load_checkpoint, logit_normal, save_checkpoint,
+                     teacher_features, velocity_loss)
 
 ROOT = Path(__file__).parent
 EOT, V, C, N = 49, 50, 6, 12
@@ -247,21 +249,18 @@ def test_flow_loss_learns_from_targets_alone(vae, dit):
     assert flow_loss(dit, vae, no_tail, dit.config, torch.Generator().manual_seed(0))["loss"].item() == pytest.approx(loss["flow"].item())
 
 
-def test_infill_keeps_some_targets_clean_and_counts_the_others(vae):
-    batch, seen = make_batch(rows=8), {}
-    z_0 = vae.latents(batch.tokens, batch.segment)
-
-    def dit(x, segment, t, logits):  # absurd about what is clean
-        seen.update(x=x, segment=segment)
-        return torch.where((segment == TARGET)[..., None], 0.0, 1e6).expand_as(x), None
-    for infill in (0.0, 1.0):
-        config = DiTConfig(**SMALL, channels=C, infill=infill, context_drop=0)
-        loss = flow_loss(dit, vae, batch, config, torch.Generator().manual_seed(0))
-        filled = (batch.segment == TARGET) & (seen["segment"] == CONTEXT)
-        assert torch.equal(seen["x"][seen["segment"] == CONTEXT], z_0[seen["segment"] == CONTEXT])
-        assert (seen["segment"] == CONTEXT)[batch.segment == CONTEXT].all()
-        assert 0.4 * infill <= filled.sum() / (batch.segment == TARGET).sum() <= 0.9 * infill
-        assert loss["loss"] < 100 and loss["flow"] < 100, "what is clean is not counted"
+def test_filling_in_hands_over_some_targets_and_leaks_none_of_the_others(vae):
+    batch = make_batch(rows=64)._replace(segment=(torch.arange(N) >= 3).long().repeat(64, 1))
+    is_target = batch.segment == TARGET
+    for share in (0.0, 0.5, 1.0):
+        filled = train_dit.fill_in(batch, share, torch.Generator().manual_seed(0))
+        known = (filled.segment == CONTEXT) & is_target
+        assert (filled.segment == CONTEXT)[~is_target].all()
+        assert known.sum() / is_target.sum() == pytest.approx(0.65 * share, abs=0.1)
+        assert known.any(1).float().mean() == pytest.approx(share, abs=0.15)
+    other = torch.where(filled.segment == TARGET, (filled.tokens + 1) % V, filled.tokens)
+    given = filled.segment == CONTEXT
+    assert torch.allclose(vae.latents(filled.tokens, filled.segment)[given], vae.latents(other, filled.segment)[given], atol=1e-5)
 
 
 def test_token_loss_is_the_cross_entropy_of_targets(vae):
@@ -381,7 +380,7 @@ def test_rotary_attention_sees_distances_only():
 def test_heads_begin_by_looking_at_neighbours():
     attention = textldm.Attention(64, 4)
     attention.c_attn.bias.data.zero_()
-    attention.look_near()
+    train_dit.look_near(attention)
     q, k, _ = attention.c_attn(torch.zeros(1, N, 64)).view(N, 3, 4, 16).permute(1, 2, 0, 3)
     looks = (textldm.rotate(q) @ textldm.rotate(k).mT).argmax(-1)[:, 5]
     assert looks.tolist() == [6, 4, 7, 3]
@@ -438,9 +437,9 @@ def test_presets_have_the_papers_sizes(size, millions):
         names = {f.name for f in textldm.fields(config_cls)}
         with torch.device("meta"):
             return cls(config_cls(**{"vocab_size": 10, **{k: v for k, v in preset.items() if k in names}}))
-    dit = make(TextDiT, DiTConfig, {**DIT_PRESETS[size], "channels": 64})
+    dit = make(TextDiT, DiTConfig, {**train_dit.PRESETS[size], "channels": 64})
     assert sum(p.numel() for p in dit.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)
-    vae = make(TextVAE, VAEConfig, VAE_PRESETS[size])
+    vae = make(TextVAE, VAEConfig, train_vae.PRESETS[size])
     assert sum(p.numel() for t in (vae.encoder, vae.decoder) for p in t.parameters()) / 1e6 == pytest.approx(127, rel=0.02)
 
 

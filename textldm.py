@@ -59,7 +59,6 @@ def option(default, help, low=None, high=None):
 
 
 # ---- 1. Blocks: the pre-norm Transformer that all four networks (GPT, encoder, decoder, DiT) are stacks of
-
 @dataclass
 class TrunkConfig:
     n_layer: int = option(4, "Transformer blocks", 1)
@@ -94,16 +93,6 @@ class Attention(nn.Module):
         q, k, v = *(rotate(qkv[:2]) if rope else qkv[:2]), qkv[2]               # (B, H, N, D) each
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.c_proj(y.transpose(1, 2).reshape(B, N, E))                  # (B, N, E)
-
-    def look_near(self):
-        """Biases of q and k with which head 0 begins by looking mostly one token ahead, head 1 one back, head 2 two ahead,
-        and so on: turned by their positions, m + j and n for a query at m and a key at n, they agree best at n = m + j."""
-        H, D = self.n_head, self.c_attn.out_features // 3 // self.n_head
-        q, k, _ = self.c_attn.bias.data.view(3, H, D)                           # (H, D) each
-        turned = rotate(2.0 * (torch.arange(D) < D // 2).expand(H + 1, D))      # (H + 1, D), row j: one vector, turned by j
-        for h in range(H):
-            ahead, other = (q, k) if h % 2 == 0 else (k, q)
-            ahead[h], other[h] = turned[h // 2 + 1], turned[0]
 
 
 class Block(nn.Module):
@@ -156,7 +145,6 @@ def weighted_mean(x, weight):  # (B, N) each
 
 
 # ---- 2. GPT: the frozen teacher for REPA, and the autoregressive baseline --------------------------------
-
 class GPT(Trunk):
     """GPT-2 [GPT2] to the letter: learned positions instead of rotary ones, tanh GELU, tied embeddings. Its
     parameters have Hugging Face's names, so that their files load."""
@@ -213,7 +201,6 @@ class GPT(Trunk):
 
 
 # ---- 3. The VAE: tokens to latents and back, one latent a token; its encoder aligned to a teacher by REPA
-
 def same_segment(segment):
     """Who sees whom in the VAE, (B, 1, N, N): query and key of the same text. Context and target share a row
     and a pass, and neither knows of the other (section 3.2 of [TextLDM]: a bidirectional encoder would
@@ -313,14 +300,11 @@ class TextVAE(nn.Module):
 
 
 # ---- 4. The DiT: the velocity of noisy target latents, given clean context latents -----------------------
-
 @dataclass
 class DiTConfig(TrunkConfig):
     channels: int = option(0, "C, channels of a latent; 0: the VAE's", 0)
     adaln: bool = option(True, "deviation: tell the blocks the time, by adaLN-zero")
     context_drop: float = option(0.1, "share of rows trained without their context, for guidance (the paper's)", 0, 1)
-    near: bool = option(False, "deviation: attention begins by looking at neighbours")
-    infill: float = option(0.0, "deviation: share of rows in which most of the target stays clean, as context", 0, 1)
     token_loss: float = option(0.0, "deviation: weight of the cross-entropy of tokens read off the DiT", 0)
     t_mean: float = option(0.0, "logit-normal times: mean (the paper's)", -9, 9)
     t_std: float = option(1.5, "logit-normal times: std (the paper's)", 1e-3, 9)
@@ -342,9 +326,6 @@ class TextDiT(nn.Module):
         self.to_logits = nn.Linear(E, config.vocab_size, bias=False) if config.token_loss else None  # unused in sampling
         init_weights(self)
         nn.init.zeros_(self.to_velocity.weight)                                 # training starts from v = 0
-        if config.near:
-            for block in self.trunk.h:
-                block.attn.look_near()
 
     def time_embedding(self, t):
         """Sinusoids of t (B,) as in [DiT], whose times run to 1000: without that factor all t look alike."""
@@ -363,7 +344,6 @@ class TextDiT(nn.Module):
 
 
 # ---- 5. Flow matching [FM]: the loss, and the sampler ----------------------------------------------------
-
 def logit_normal(u, config):
     """Quantiles u in [0, 1] of a logit-normal -> times (section 3.1 of [SD3]). The loss draws u at random, the sampler steps
     through it evenly: so it steps finely where the model was trained most (section 3.2 of [TextLDM])."""
@@ -382,16 +362,12 @@ def velocity_loss(dit, z_0, segment, t, eps, drop=None):
 
 
 def flow_loss(dit, vae, batch, config, generator):
-    """The loss of stage 2 on a batch; times, noise and dropped contexts come from the generator. In `infill` of the
-    rows 30 to 100% of the positions become CONTEXT (zeros too where that is dropped): known neighbours teach what
-    follows what sooner than noisy ones. Unlike a context when sampling, they were encoded beside the other targets."""
+    """The loss of stage 2 on a batch; times, noise and dropped contexts come from the generator."""
     z_0 = vae.latents(batch.tokens, batch.segment)                              # (B, N, C)
-    u, drop, fill, share = torch.rand(4, len(z_0), generator=generator, device=z_0.device)  # (B,) each
+    u, drop = torch.rand(2, len(z_0), generator=generator, device=z_0.device)   # (B,) each
     eps = torch.randn(z_0.shape, generator=generator, device=z_0.device)
-    known = torch.rand(z_0.shape[:2], generator=generator, device=z_0.device) < 0.3 + 0.7 * share[:, None]  # (B, N)
-    segment = batch.segment.masked_fill(known & (fill < config.infill)[:, None], CONTEXT)
-    error, _, logits = velocity_loss(dit, z_0, segment, logit_normal(u, config), eps, drop < config.context_drop)
-    weight = batch.weight * (segment == TARGET)
+    error, _, logits = velocity_loss(dit, z_0, batch.segment, logit_normal(u, config), eps, drop < config.context_drop)
+    weight = batch.weight * (batch.segment == TARGET)
     report = dict(flow=weighted_mean(error.detach(), weight == 1))
     if logits is not None:
         ce = F.cross_entropy(logits.flatten(0, 1), batch.tokens.flatten(), reduction="none").view(weight.shape)  # (B, N)
@@ -448,7 +424,6 @@ def continue_texts(vae, dit, prompts, length, eot, steps=50, cfg_scale=2.0, seed
 
 
 # ---- 6. Plumbing, once for all scripts: tokenizers, batches, command line, checkpoints, the training loop
-
 # How GPT-2 cuts text into words before it merges bytes (its published pattern); our own BPEs do the same.
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
@@ -549,18 +524,10 @@ class TrainConfig:
     compile: bool = option(False, "torch.compile: a slow start, then faster")
 
 
-# `tiny` is for CPUs; the others follow the paper, which has one VAE for all sizes; the GPTs follow GPT-2.
-# unspecified: depth and width of the DiTs, chosen to match the paper's 114M, 328M and 768M parameters.
 def paper(n_layer, n_head, n_embd, max_steps=200_000, **more):
+    """A preset of the paper's scale; the scripts have those of their stages. (`tiny`, for CPUs, is the configs' defaults.)"""
     return dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, max_steps=max_steps, block_size=1024, batch_size=16,
                 accumulate=48, learning_rate=1e-4, warmup=2000, eval_interval=2000, **more)
-
-
-GPT_PRESETS = dict(tiny={}, small=paper(12, 12, 768), medium=paper(24, 16, 1024), large=paper(36, 20, 1280))
-VAE_PRESETS = dict.fromkeys(("small", "medium", "large"), paper(9, 12, 768, channels=64, beta_warmup=10_000)) | dict(tiny={})
-DIT_PRESETS = {k: paper(*size, max_steps=1_000_000, adaln=False) for k, size in dict(
-    small=(16, 12, 768), medium=(26, 16, 1024), large=(27, 24, 1536)).items()} | dict(
-    tiny=dict(max_steps=4000, eval_interval=1000, learning_rate=2e-3, t_mean=0.8, t_std=1.0))
 
 
 def command_line(description, *types, presets=None):

@@ -14,18 +14,45 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from textldm import (CONTEXT, DIT_PRESETS, TARGET, Corpus, DiTConfig, TextDiT, TextVAE, TrainConfig, UserError, VAEConfig,
-                     command_line, continue_texts, flow_loss, load_checkpoint, model_from, option, pick_device, run,
-                     train, velocity_loss, weighted_mean)
+from textldm import (CONTEXT, TARGET, Corpus, DiTConfig, TextDiT, TextVAE, TrainConfig, UserError, VAEConfig, command_line,
+                     continue_texts, flow_loss, load_checkpoint, model_from, option, paper, pick_device, rotate, run, train,
+                     velocity_loss, weighted_mean)
+
+# unspecified: depth and width, chosen to match the paper's 114M, 328M and 768M parameters
+PRESETS = {k: paper(*size, max_steps=1_000_000, adaln=False) for k, size in dict(
+    small=(16, 12, 768), medium=(26, 16, 1024), large=(27, 24, 1536)).items()} | dict(
+    tiny=dict(max_steps=3500, eval_interval=1000, learning_rate=2e-3, t_mean=0.8, t_std=1.0))
 
 
 @dataclass
 class Stage2:
     vae: str = option("", "checkpoint of stage 1 (OUT/vae.pt)")
+    near: bool = option(False, "deviation: attention begins by looking at neighbours")
+    infill: float = option(0.0, "deviation: share of rows in which most of the target is known, as context", 0, 1)
+
+
+def look_near(attention):
+    """Biases of q and k with which head 0 begins by looking mostly one token ahead, head 1 one back, head 2 two ahead,
+    and so on: turned by their positions, m + j and n for a query at m and a key at n, they agree best at n = m + j."""
+    H, D = attention.n_head, attention.c_attn.out_features // 3 // attention.n_head
+    q, k, _ = attention.c_attn.bias.data.view(3, H, D)                          # (H, D) each
+    turned = rotate(2.0 * (torch.arange(D) < D // 2).expand(H + 1, D))          # (H + 1, D), row j: one vector, turned by j
+    for h in range(H):
+        ahead, other = (q, k) if h % 2 == 0 else (k, q)
+        ahead[h], other[h] = turned[h // 2 + 1], turned[0]
+
+
+def fill_in(batch, share, generator):
+    """In `share` of the rows, 30 to 100% of the positions become CONTEXT: known neighbours teach what follows what sooner
+    than noisy ones. They are encoded with the rest of the context, apart from the targets between them."""
+    (B, N), device = batch.segment.shape, batch.segment.device
+    u, known = (torch.rand(B, n, generator=generator, device=device) for n in (2, N))   # (B, 2), (B, N)
+    known = (u[:, :1] < share) & (known < 0.3 + 0.7 * u[:, 1:])                 # (B, N)
+    return batch._replace(segment=batch.segment.masked_fill(known, CONTEXT))
 
 
 def main():
-    config, cfg, stage = command_line(__doc__, DiTConfig, TrainConfig, Stage2, presets=DIT_PRESETS)
+    config, cfg, stage = command_line(__doc__, DiTConfig, TrainConfig, Stage2, presets=PRESETS)
     corpus, val = (Corpus(cfg.data, split, config.block_size) for split in ("train", "val"))
     device, _ = pick_device(cfg.device)
     state = load_checkpoint(stage.vae or f"{cfg.out}/vae.pt", "vae", "python train_vae.py makes one", corpus.tokenizer)
@@ -65,8 +92,13 @@ def main():
         tqdm.write("\n".join(lines))
         return dict(loss=sum(r["loss"] for r in table) / len(table), table=table)
 
-    train("dit", cfg, TextDiT(config), corpus, lambda net, batch, generator, step: flow_loss(net, vae, batch, config, generator),
-          evaluate, ema=True, vae=vae.z_mean.tolist())
+    def loss_of(net, batch, generator, step):
+        return flow_loss(net, vae, fill_in(batch, stage.infill, generator) if stage.infill else batch, config, generator)
+
+    dit = TextDiT(config)
+    for block in dit.trunk.h if stage.near else []:
+        look_near(block.attn)
+    train("dit", cfg, dit, corpus, loss_of, evaluate, ema=True, vae=vae.z_mean.tolist(), infill=stage.infill)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from textldm import (GPT, VAE_PRESETS, Corpus, TextVAE, TrainConfig, UserError, VAEConfig, command_line, option,
-                     pick_device, run, teacher_features, train)
+from textldm import (GPT, Corpus, TextVAE, TrainConfig, UserError, VAEConfig, command_line, option, paper, pick_device, run,
+                     teacher_features, train)
+
+# the paper has one VAE for all sizes of DiT
+PRESETS = dict.fromkeys(("small", "medium", "large"), paper(9, 12, 768, channels=64, beta_warmup=10_000)) | dict(tiny={})
 
 
 @dataclass
@@ -21,7 +24,7 @@ class Stage1:
 
 
 def main():
-    config, cfg, stage = command_line(__doc__, VAEConfig, TrainConfig, Stage1, presets=VAE_PRESETS)
+    config, cfg, stage = command_line(__doc__, VAEConfig, TrainConfig, Stage1, presets=PRESETS)
     corpus, val = (Corpus(cfg.data, split, config.block_size) for split in ("train", "val"))
     device, autocast = pick_device(cfg.device)
     config.vocab_size = corpus.meta["vocab_size"]

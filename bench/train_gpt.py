@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from textldm import (GPT, GPT_PRESETS, Corpus, TrainConfig, TrunkConfig, command_line, pick_device, run, train,
-                     weighted_mean)
+from textldm import GPT, Corpus, TrainConfig, TrunkConfig, command_line, paper, pick_device, run, train, weighted_mean
+
+PRESETS = dict(tiny={}, small=paper(12, 12, 768), medium=paper(24, 16, 1024), large=paper(36, 20, 1280))  # GPT-2's
 
 
 def main():
-    config, cfg = command_line(__doc__, TrunkConfig, TrainConfig, presets=GPT_PRESETS)
+    config, cfg = command_line(__doc__, TrunkConfig, TrainConfig, presets=PRESETS)
     corpus, val = (Corpus(cfg.data, split, config.block_size) for split in ("train", "val"))
     # one position more than rows have tokens, for the end-of-text token that they begin after
     config.vocab_size, config.block_size = corpus.meta["vocab_size"], corpus.N + 1
