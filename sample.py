@@ -65,6 +65,15 @@ def read_lines(path, wanted, option=""):
     return lines
 
 
+def write_whole(path, text):
+    """Writes beside and renames; UserError where it cannot."""
+    try:
+        Path(f"{path}.tmp").write_text(text, encoding="utf-8", errors="replace")
+        os.replace(f"{path}.tmp", path)
+    except OSError as e:
+        raise UserError(f"cannot write {path} ({e.strerror})") from None
+
+
 def read_prompts(options):
     if options.output and (Path(options.output).is_dir() or not Path(options.output).parent.is_dir()):
         raise UserError(f"--output={options.output} must be a file, in a folder that exists")
@@ -143,9 +152,8 @@ def main():
                                      trace if options.trace else None)
         texts += [(show(ids), eot in ids) for ids in new]
     if options.output:
-        with open(f"{options.output}.tmp", "w", encoding="utf-8", errors="replace") as f:
-            f.writelines(json.dumps(dict(line, text=text, ended=ended), ensure_ascii=False) + "\n" for line, (text, ended) in zip(lines, texts))
-        os.replace(f"{options.output}.tmp", options.output)
+        write_whole(options.output, "".join(json.dumps(dict(line, text=text, ended=ended), ensure_ascii=False) + "\n"
+                                            for line, (text, ended) in zip(lines, texts)))
     else:
         for line, (text, _) in zip(lines, texts):
             print(f"{line['prompt']}|{text}")

@@ -10,20 +10,18 @@ a token; a Diffusion Transformer learns to turn noise into the latents of a cont
     sample   prompt --encoder--> context;  noise --Euler--> target --decoder--> text  continue_texts, sample.py
 
 Shapes   B rows in a batch      N tokens in a row           V tokens in the vocabulary
-         E width of a network   H heads of D = E / H        C channels of a latent
+         E width of a network   H heads of D = E / H        C channels of a latent, raw in TextVAE, elsewhere standardised
 Time     t = 1 is noise and t = 0 is data, everywhere. The path between them is straight,
          z_t = (1 - t) z_0 + t eps, so its velocity is dz_t/dt = eps - z_0.
-Rows     hold two texts, a context, then the target that continues it (Corpus.batch makes them). `segment` (B, N)
-         marks tokens CONTEXT or TARGET, or PADDING, which nothing else sees, behind a row sampled beside longer ones.
-         A target that ends before its row is followed by a tail of end-of-text tokens. `weight` (B, N) is 1
-         for the counted tokens, text up to and including its end-of-text, and TAIL_WEIGHT in the tail, which is
-         trained lightly, so that samples stop. Losses are averaged by weight; all else over counted tokens.
+Rows     hold two texts, a context, then the target that continues it (Corpus.batch makes them). `segment` (B, N) marks tokens
+         CONTEXT or TARGET, or PADDING, which nothing else sees, behind a row sampled beside longer ones. A target that ends
+         before its row is followed by a tail of end-of-text tokens. `weight` (B, N) is 1 for the counted tokens, text up to
+         and including its end-of-text, and TAIL_WEIGHT in the tail, which is trained lightly, so that samples stop. What
+         stages 1 and 2 minimise is averaged by weight; all else is over counted tokens.
 Tags     `unspecified:` the paper is silent and the choice is ours.   `deviation:` we do otherwise.
-
 [TextLDM] Jiang et al. 2026, arXiv 2605.07748     [GPT2] Radford et al. 2019     [RoPE] Su et al. 2021, 2104.09864
 [VAE] Kingma, Welling 2013, 1312.6114     [DiT] Peebles, Xie 2022, 2212.09748    [REPA] Yu et al. 2024, 2410.06940
 [FM] Lipman et al. 2022, 2210.02747       [SD3] Esser et al. 2024, 2403.03206    [CFG] Ho, Salimans 2022, 2207.12598
-
 Short of time? Read part 5 (the loss and the sampler), then TextVAE.forward.
 """
 
@@ -117,7 +115,7 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Blocks and a last LayerNorm, with rotary positions: the encoder, the decoder and the core of the DiT."""
+    """Blocks and a last LayerNorm: with rotary positions the encoder, the decoder and the core of the DiT; GPT has its own forward."""
 
     def __init__(self, config, adaln=False):
         super().__init__()
@@ -146,8 +144,7 @@ def weighted_mean(x, weight):  # (B, N) each
 
 # ---- 2. GPT: the frozen teacher for REPA, and the autoregressive baseline --------------------------------
 class GPT(Trunk):
-    """GPT-2 [GPT2] to the letter: learned positions instead of rotary ones, tanh GELU, tied embeddings. Its
-    parameters have Hugging Face's names, so that their files load."""
+    """GPT-2 [GPT2]: learned positions, tanh GELU, tied embeddings. Parameters have Hugging Face's names: their files load."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -202,7 +199,7 @@ class GPT(Trunk):
 
 # ---- 3. The VAE: tokens to latents and back, one latent a token; its encoder aligned to a teacher by REPA
 def same_segment(segment):
-    """Who sees whom in the VAE, (B, 1, N, N): query and key of the same text. Context and target share a row
+    """Who sees whom in the VAE, (B, 1, N, N): query and key with the same label. Context and target share a row
     and a pass, and neither knows of the other (section 3.2 of [TextLDM]: a bidirectional encoder would
     leak the target into the context). Rotary positions see only distances, so this equals two passes."""
     return (segment[:, :, None] == segment[:, None, :])[:, None]
@@ -241,7 +238,7 @@ class TextVAE(nn.Module):
         self.to_teacher = nn.Linear(E, config.teacher_embd) if config.teacher_embd else None
         init_weights(self)
         # Statistics of training data: z's from `standardise`, at every evaluation; the teacher's from train_vae.py.
-        # unspecified: the scale of the latents. beta is too small to hold it near 1.
+        # unspecified: the scale of the latents. beta is too small to hold them near N(0, 1), so stage 2 standardises them.
         for name, width in (("z", C), ("teacher", config.teacher_embd)):
             self.register_buffer(f"{name}_mean", torch.zeros(width))
             self.register_buffer(f"{name}_std", torch.ones(width))
@@ -305,7 +302,7 @@ class DiTConfig(TrunkConfig):
     channels: int = option(0, "C, channels of a latent; 0: the VAE's", 0)
     adaln: bool = option(True, "deviation: tell the blocks the time, by adaLN-zero")
     context_drop: float = option(0.1, "share of rows trained without their context, for guidance (the paper's)", 0, 1)
-    token_loss: float = option(0.0, "deviation: weight of the cross-entropy of tokens read off the DiT", 0)
+    posterior: bool = option(True, "deviation: predict probabilities of tokens, the clean latent being their mean latent")
     t_mean: float = option(0.0, "logit-normal times: mean (the paper's)", -9, 9)
     t_std: float = option(1.5, "logit-normal times: std (the paper's)", 1e-3, 9)
 
@@ -322,10 +319,10 @@ class TextDiT(nn.Module):
         if config.adaln:
             self.time_mlp = nn.Sequential(nn.Linear(E, E), nn.SiLU(), nn.Linear(E, E), nn.SiLU())
         self.trunk = Trunk(config, config.adaln)
-        self.to_velocity = nn.Linear(E, config.channels)
-        self.to_logits = nn.Linear(E, config.vocab_size, bias=False) if config.token_loss else None  # unused in sampling
+        self.to_output = nn.Linear(E, config.vocab_size if config.posterior else config.channels)  # logits, or the velocity
+        self.register_buffer("latent_of", torch.zeros(config.vocab_size * config.posterior, config.channels))  # see train_dit.py
         init_weights(self)
-        nn.init.zeros_(self.to_velocity.weight)                                 # training starts from v = 0
+        nn.init.zeros_(self.to_output.weight)                                   # training starts from v = 0, or equal chances
 
     def time_embedding(self, t):
         """Sinusoids of t (B,) as in [DiT], whose times run to 1000: without that factor all t look alike."""
@@ -333,14 +330,18 @@ class TextDiT(nn.Module):
         angle = 1000 * t[:, None] * 10000 ** (-torch.arange(half, device=t.device) / half)  # (B, E/2)
         return self.time_mlp(torch.cat((angle.cos(), angle.sin()), dim=-1))     # (B, E)
 
-    def forward(self, x, segment, t, logits=False):
-        """x (B, N, C), clean (or dropped: zero) where segment is CONTEXT, noisy where TARGET; t (B,) -> velocity (B, N, C).
-        With `logits` a pair: the velocity, and logits (B, N, V) of the tokens, or None where there is no token loss."""
-        x = self.from_latent(x) + self.segment_emb((segment == TARGET).long())  # (B, N, E)
+    def forward(self, x, segment, t):
+        """x (B, N, C), clean (or dropped: zero) where segment is CONTEXT, noisy where TARGET; t (B,) -> velocity (B, N, C)
+        and, with `posterior`, logits (B, N, V) of the tokens given all of x, else None."""
+        h = self.from_latent(x) + self.segment_emb((segment == TARGET).long())  # (B, N, E)
         mask = (segment != PADDING)[:, None, None, :] if (segment == PADDING).any() else None  # (B, 1, 1, N)
-        x = self.trunk(x, mask, self.time_embedding(t) if self.config.adaln else None)
-        v = self.to_velocity(x).float()                                         # (B, N, C)
-        return (v, self.to_logits and self.to_logits(x).float()) if logits else v
+        h = self.trunk(h, mask, self.time_embedding(t) if self.config.adaln else None)
+        output = self.to_output(h).float()                                      # (B, N, V) or (B, N, C)
+        if not self.config.posterior:
+            return output, None
+        # A latent tells its token and little else, so E[z_0 | x] is the tokens' latents, each times p(token | x). The best
+        # velocity is (x - E[z_0 | x]) / t: made in this way it never points between two tokens by mistake.
+        return (x - output.softmax(-1) @ self.latent_of) / t[:, None, None].clamp(min=1e-4), output
 
 
 # ---- 5. Flow matching [FM]: the loss, and the sampler ----------------------------------------------------
@@ -357,7 +358,7 @@ def velocity_loss(dit, z_0, segment, t, eps, drop=None):
     at = t[:, None, None]                                                       # (B, 1, 1)
     z_t = (1 - at) * z_0 + at * eps                                             # (B, N, C)
     context = z_0 if drop is None else z_0.masked_fill(drop[:, None, None], 0)
-    v, logits = dit(torch.where((segment == TARGET)[..., None], z_t, context), segment, t, logits=True)
+    v, logits = dit(torch.where((segment == TARGET)[..., None], z_t, context), segment, t)
     return (v - (eps - z_0)).square().mean(-1), z_t - at * v, logits
 
 
@@ -368,11 +369,10 @@ def flow_loss(dit, vae, batch, config, generator):
     eps = torch.randn(z_0.shape, generator=generator, device=z_0.device)
     error, _, logits = velocity_loss(dit, z_0, batch.segment, logit_normal(u, config), eps, drop < config.context_drop)
     weight = batch.weight * (batch.segment == TARGET)
-    report = dict(flow=weighted_mean(error.detach(), weight == 1))
-    if logits is not None:
-        ce = F.cross_entropy(logits.flatten(0, 1), batch.tokens.flatten(), reduction="none").view(weight.shape)  # (B, N)
-        error, report["ce"] = error + config.token_loss * ce, weighted_mean(ce.detach(), weight == 1)
-    return dict(report, loss=weighted_mean(error, weight))
+    flow = weighted_mean(error.detach(), weight == 1)
+    if logits is not None:  # its minimum is that of the velocity's error, where latents tell tokens, and reached much sooner
+        error = F.cross_entropy(logits.flatten(0, 1), batch.tokens.flatten(), reduction="none").view(weight.shape)  # (B, N)
+    return dict(flow=flow, loss=weighted_mean(error, weight))
 
 
 def guided_velocity(dit, z, t, context, segment, cfg_scale):
@@ -381,9 +381,9 @@ def guided_velocity(dit, z, t, context, segment, cfg_scale):
     is_target, t = (segment == TARGET)[..., None], t.expand(len(z))             # (B, N, 1), (B,)
     x_c = torch.where(is_target, z, context)                                    # (B, N, C)
     if cfg_scale == 1:
-        return dit(x_c, segment, t)
+        return dit(x_c, segment, t)[0]
     x_u = torch.where(is_target, z, 0.0)                                        # as with a dropped context
-    v_c, v_u = dit(torch.cat((x_c, x_u)), segment.repeat(2, 1), t.repeat(2)).chunk(2)
+    v_c, v_u = dit(torch.cat((x_c, x_u)), segment.repeat(2, 1), t.repeat(2))[0].chunk(2)
     return v_u + cfg_scale * (v_c - v_u)
 
 
@@ -479,7 +479,7 @@ class Corpus:
             if max(row) >= self.meta["vocab_size"]:
                 raise UserError(f"{self.path}: token {max(row)} is beyond its vocabulary of {self.meta['vocab_size']}")
             cut = rng.integers(min(len(row), N)) if rng.random() > 0.1 else 0
-            cut = max(cut, int(start > first and not self.is_stream))           # only a beginning follows nothing
+            cut = max(cut, int(start > first and not self.is_stream))           # only a text's beginning follows nothing
             if cut_words and cut and rng.random() < 0.25:
                 row, cut = self.cut_word(row, cut, rng)
             lengths[i], cuts[i] = min(len(row), N), min(cut, N - 1)
@@ -515,9 +515,10 @@ class TrainConfig:
     batch_size: int = option(192, "rows in a micro-batch", 1)
     accumulate: int = option(1, "micro-batches in a step", 1)
     max_steps: int = option(500, "optimiser steps", 1)
-    learning_rate: float = option(1e-3, "at its peak", 0)
+    learning_rate: float = option(4e-3, "at its peak", 0)
     warmup: int = option(100, "steps of linear warm-up, before a cosine down to a tenth", 0)
-    weight_decay: float = option(0.01, "AdamW's, on matrices only (the paper's)", 0)
+    weight_decay: float = option(0.01, "on matrices only (the paper's)", 0)
+    muon: bool = option(hasattr(torch.optim, "Muon"), "deviation: Muon for blocks' matrices (torch 2.9 on)", 0, hasattr(torch.optim, "Muon"))
     eval_interval: int = option(250, "steps between evaluations and checkpoints", 1)
     log_interval: int = option(20, "steps between lines of metrics", 1)
     device: str = option("auto", "cpu, cuda, mps, or auto")
@@ -527,14 +528,13 @@ class TrainConfig:
 def paper(n_layer, n_head, n_embd, max_steps=200_000, **more):
     """A preset of the paper's scale; the scripts have those of their stages. (`tiny`, for CPUs, is the configs' defaults.)"""
     return dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, max_steps=max_steps, block_size=1024, batch_size=16,
-                accumulate=48, learning_rate=1e-4, warmup=2000, eval_interval=2000, **more)
+                accumulate=48, learning_rate=1e-4, warmup=2000, eval_interval=2000, muon=False, **more)
 
 
 def command_line(description, *types, presets=None):
     """One instance of each dataclass from sys.argv: an option beats the preset, the preset the default.
     Whatever is unknown, ill-typed or out of range ends with one line and exit code 2."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     if presets:
         parser.add_argument("--preset", choices=presets, default="tiny", help="sizes and schedule (tiny)")
     options = {f.name: f for t in types for f in fields(t)}
@@ -568,8 +568,7 @@ def pick_device(name):
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device={name} is not to be had here ({str(e).splitlines()[0][:80]})") from None
-    if device.type == "cpu":  # on short rows the plain kernel trains 1.5 times as fast as the fused one
-        torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_flash_sdp(device.type != "cpu")  # there, on short rows, the plain kernel trains 1.5 times as fast
     bf16 = dict(cpu=getattr(torch.cpu, "_is_avx512_bf16_supported", bool), mps=bool,
                 cuda=lambda: torch.cuda.is_bf16_supported(including_emulation=False))[device.type]()
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
@@ -618,11 +617,14 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, cut_words=True, ema=Fals
     (device, autocast), out = pick_device(cfg.device), Path(cfg.out)
     net = torch.compile(model.to(device)) if cfg.compile else model.to(device)
     average = copy.deepcopy(model).requires_grad_(False) if ema else model
-    matrices, vectors = ([p for p in model.parameters() if (p.dim() >= 2) == big] for big in (True, False))
-    optimizer = torch.optim.AdamW([dict(params=matrices), dict(params=vectors, weight_decay=0)], betas=(0.9, 0.98),
-                                  weight_decay=cfg.weight_decay, fused=device.type != "mps")
-    parts = dict(model=model, average=average, optimizer=optimizer)
-    same = {k: getattr(cfg, k) for k in ("seed", "batch_size", "accumulate", "learning_rate", "warmup", "weight_decay")}
+    kind = lambda k, p: "vector" if p.dim() < 2 else "hidden" if cfg.muon and (".attn." in k or ".mlp." in k) else "matrix"
+    hidden, matrices, vectors = ([p for k, p in model.named_parameters() if kind(k, p) == x] for x in ("hidden", "matrix", "vector"))
+    optimizers = [torch.optim.AdamW([dict(params=matrices), dict(params=vectors, weight_decay=0)], betas=(0.9, 0.98),
+                                    weight_decay=cfg.weight_decay, fused=device.type != "mps")]
+    if cfg.muon:
+        optimizers.append(torch.optim.Muon(hidden, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    parts = dict(model=model, average=average, **{type(o).__name__: o for o in optimizers})
+    same = {k: getattr(cfg, k) for k in ("seed", "batch_size", "accumulate", "warmup", "weight_decay", "muon")}
     identity = dict(kind=stage, config=asdict(model.config), tokenizer=corpus.tokenizer, train=same, **extra)
     step, best, last = 0, math.inf, out / f"{stage}_last.pt"
     if cfg.resume:
@@ -653,11 +655,11 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, cut_words=True, ema=Fals
                 (losses["loss"] / cfg.accumulate).backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             if not math.isfinite(norm):
-                raise UserError(f"the gradient of step {step} is not finite; --resume from {last} at a lower --learning_rate")
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad()
+                raise UserError(f"the gradient of step {step} is not finite; --resume, or start again, at a lower --learning_rate")
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = optimizer.param_groups[-1]["lr"] = lr
+                optimizer.step()
+                optimizer.zero_grad()
             step += 1
             if ema:  # unspecified. A decay of 0.999 from the start would leave a short run's average half initialisation
                 for a, p in zip(average.parameters(), model.parameters()):

@@ -19,21 +19,21 @@ from textldm import (CONTEXT, TARGET, Corpus, DiTConfig, TextDiT, TextVAE, Train
                      velocity_loss, weighted_mean)
 
 # unspecified: depth and width, chosen to match the paper's 114M, 328M and 768M parameters
-PRESETS = {k: paper(*size, max_steps=1_000_000, adaln=False) for k, size in dict(
+PRESETS = {k: paper(*size, max_steps=1_000_000, adaln=False, posterior=False) for k, size in dict(
     small=(16, 12, 768), medium=(26, 16, 1024), large=(27, 24, 1536)).items()} | dict(
-    tiny=dict(max_steps=3500, eval_interval=1000, learning_rate=2e-3, t_mean=0.8, t_std=1.0))
+    tiny=dict(max_steps=3500, eval_interval=1000, t_mean=0.8, t_std=1.0))
 
 
 @dataclass
 class Stage2:
     vae: str = option("", "checkpoint of stage 1 (OUT/vae.pt)")
     near: bool = option(False, "deviation: attention begins by looking at neighbours")
-    infill: float = option(0.0, "deviation: share of rows in which most of the target is known, as context", 0, 1)
+    infill: float = option(0.0, "deviation: share of rows in which 30 to 100% of the target is known, as context", 0, 1)
 
 
 def look_near(attention):
-    """Biases of q and k with which head 0 begins by looking mostly one token ahead, head 1 one back, head 2 two ahead,
-    and so on: turned by their positions, m + j and n for a query at m and a key at n, they agree best at n = m + j."""
+    """Biases of q and k with which head 0 begins by looking mostly one token ahead, head 1 one back, head 2 two ahead, and so
+    on: once turned by their positions, those of a query at m and a key at n agree best at n = m + j, or m - j for odd heads."""
     H, D = attention.n_head, attention.c_attn.out_features // 3 // attention.n_head
     q, k, _ = attention.c_attn.bias.data.view(3, H, D)                          # (H, D) each
     turned = rotate(2.0 * (torch.arange(D) < D // 2).expand(H + 1, D))          # (H + 1, D), row j: one vector, turned by j
@@ -44,11 +44,21 @@ def look_near(attention):
 
 def fill_in(batch, share, generator):
     """In `share` of the rows, 30 to 100% of the positions become CONTEXT: known neighbours teach what follows what sooner
-    than noisy ones. They are encoded with the rest of the context, apart from the targets between them."""
+    than noisy ones. They are encoded with the rest of the context, the targets left, now fragments, without them. In rows
+    whose context is dropped they are zeros too, unlike in the sampler's rows without a context."""
     (B, N), device = batch.segment.shape, batch.segment.device
     u, known = (torch.rand(B, n, generator=generator, device=device) for n in (2, N))   # (B, 2), (B, N)
     known = (u[:, :1] < share) & (known < 0.3 + 0.7 * u[:, 1:])                 # (B, N)
     return batch._replace(segment=batch.segment.masked_fill(known, CONTEXT))
+
+
+@torch.no_grad()
+def latents_of_tokens(vae, batches):
+    """The mean latent (V, C) of each token: wherever the batches have it, and alone in a text."""
+    alone = torch.arange(vae.config.vocab_size, device=vae.z_mean.device)[:, None]
+    table = vae.latents(alone, torch.full_like(alone, TARGET))[:, 0]            # (V, C)
+    z, tokens = (torch.cat(x) for x in zip(*((vae.latents(b.tokens, b.segment)[b.weight == 1], b.tokens[b.weight == 1]) for b in batches)))
+    return table.index_add(0, tokens, z) / (1 + tokens.bincount(minlength=len(table)))[:, None]
 
 
 def main():
@@ -73,7 +83,7 @@ def main():
     @torch.no_grad()
     def evaluate(dit):
         tokens, segment, weight = rows
-        is_target, counted = (segment == TARGET)[..., None], (weight == 1) & (segment == TARGET)
+        counted = (weight == 1) & (segment == TARGET)
         z_0 = vae.latents(tokens, segment)                                      # (B, N, C)
         strange = vae.latents(torch.where(segment == CONTEXT, tokens[donor], tokens), segment)
         mean = lambda x: weighted_mean(x.float(), counted).item()
@@ -81,7 +91,7 @@ def main():
         for t in torch.arange(1, 10, device=device) / 10:
             error, guess, _ = velocity_loss(dit, z_0, segment, t.expand(len(z_0)), eps)
             shuffled, *_ = velocity_loss(dit, strange, segment, t.expand(len(z_0)), eps)
-            noisy = torch.where(is_target, z_0 + t / (1 - t) * eps, z_0)        # z_t / (1 - t)
+            noisy = z_0 + t / (1 - t) * eps                                     # z_t / (1 - t)
             table.append(dict(t=round(t.item(), 1), loss=mean(error), shuffled=mean(shuffled),
                               noisy=mean(vae.read(noisy, segment) == tokens), predicted=mean(vae.read(guess, segment) == tokens)))
             lines.append("{t:5.1f}{loss:9.4f}{shuffled:10.4f}{noisy:8.3f}{predicted:11.3f}".format(**table[-1]))
@@ -96,6 +106,8 @@ def main():
         return flow_loss(net, vae, fill_in(batch, stage.infill, generator) if stage.infill else batch, config, generator)
 
     dit = TextDiT(config)
+    if config.posterior:
+        dit.latent_of.copy_(latents_of_tokens(vae, corpus.fixed_batches(64, device)))
     for block in dit.trunk.h if stage.near else []:
         look_near(block.attn)
     train("dit", cfg, dit, corpus, loss_of, evaluate, ema=True, vae=vae.z_mean.tolist(), infill=stage.infill)

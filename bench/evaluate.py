@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # BERTScore is computed where its weights are, and never fetches them
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import SampleConfig, fit, generate, load_models, read_lines
+from sample import SampleConfig, fit, generate, load_models, read_lines, write_whole
 from textldm import GPT, Corpus, UserError, command_line, continue_texts, load_encoding, option, pick_device, run
 
 
@@ -80,15 +80,6 @@ def make_benchmark(corpus, path, n, seed):
     else:
         raise UserError(f"--n={n}, but {corpus.path} has only {len(lines)} documents that can be cut; lower --n")
     write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-
-def write_whole(path, text):
-    """Writes beside and renames; UserError where it cannot."""
-    try:
-        Path(f"{path}.tmp").write_text(text, encoding="utf-8", errors="replace")
-        os.replace(f"{path}.tmp", path)
-    except OSError as e:
-        raise UserError(f"cannot write {path} ({e.strerror})") from None
 
 
 def load_benchmark(options, corpus):
