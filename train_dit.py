@@ -21,7 +21,7 @@ from textldm import (CONTEXT, TARGET, Corpus, DiTConfig, TextDiT, TextVAE, Train
 # unspecified: depth and width, chosen to match the paper's 114M, 328M and 768M parameters
 PRESETS = {k: paper(*size, max_steps=1_000_000, adaln=False, posterior=False) for k, size in dict(
     small=(16, 12, 768), medium=(26, 16, 1024), large=(27, 24, 1536)).items()} | dict(
-    tiny=dict(max_steps=3500, eval_interval=1000, t_mean=0.8, t_std=1.0))
+    tiny=dict(max_steps=2400, eval_interval=800, t_mean=0.8, t_std=1.0))
 
 
 @dataclass

@@ -8,9 +8,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 corpus=${1:-names}
 case $corpus in
-    names) prepare="" rows="" dit="--max_steps=3500" steps=4500 n=1000 ;;  # steps: of GPT, VAE and DiT together
-    docs) prepare="--vocab_size=512" rows="--batch_size=64 --block_size=40" n=600 steps=3500
-          dit="--near --infill=0.8 --max_steps=2500" ;;
+    names) prepare="" rows="" dit="" steps=3400 n=1000 ;;  # steps: of GPT, VAE and DiT together
+    docs) prepare="--vocab_size=512" rows="--batch_size=64 --block_size=40" n=600 steps=2500
+          dit="--near --infill=0.8 --max_steps=1500" ;;
     *) echo "error: names or docs" >&2; exit 2 ;;
 esac
 data=data/$corpus out=out/$corpus
