@@ -55,9 +55,9 @@ def vae():
     return randomise(TextVAE(VAEConfig(**SMALL, block_size=N, vocab_size=V, channels=C, teacher_embd=16)))
 
 
-@pytest.fixture(params=[False, True], ids=["velocity", "posterior"])
+@pytest.fixture(params=[False, True], ids=["velocity", "tokens"])
 def dit(request):
-    dit = randomise(TextDiT(DiTConfig(**SMALL, block_size=N, vocab_size=V, channels=C, posterior=request.param)), scale=0.1)
+    dit = randomise(TextDiT(DiTConfig(**SMALL, block_size=N, vocab_size=V, channels=C, predict_tokens=request.param)), scale=0.1)
     dit.to_output.weight.data *= 30 if request.param else 1  # sure of its tokens
     dit.latent_of.normal_(generator=torch.Generator().manual_seed(1))
     return dit
@@ -229,7 +229,7 @@ def test_standardised_latents_have_mean_0_and_std_1(vae):
 
 
 def test_an_untrained_dit_predicts_zero(vae):
-    dit = TextDiT(DiTConfig(**SMALL, channels=C, posterior=False))
+    dit = TextDiT(DiTConfig(**SMALL, channels=C, predict_tokens=False))
     z_0, eps, segment = torch.randn(4, N, C), torch.randn(4, N, C), make_batch().segment
     error, guess, _ = velocity_loss(dit, z_0, segment, torch.rand(4), eps)
     assert torch.allclose(error, (eps - z_0).square().mean(-1))
@@ -250,7 +250,7 @@ def test_flow_loss_learns_from_targets_alone(vae, dit):
     assert torch.equal(flow_loss(dit, vae, all_context, dit.config, torch.Generator().manual_seed(0))["loss"], loss["loss"])
     no_tail = batch._replace(weight=(batch.weight == 1).float())
     without = flow_loss(dit, vae, no_tail, dit.config, torch.Generator().manual_seed(0))
-    assert without["flow"] == loss["flow"] and (dit.config.posterior or without["loss"].item() == pytest.approx(loss["flow"].item()))
+    assert without["flow"] == loss["flow"] and (dit.config.predict_tokens or without["loss"].item() == pytest.approx(loss["flow"].item()))
 
 
 def test_filling_in_hands_over_some_targets_and_leaks_none_of_the_others(vae):

@@ -1,16 +1,15 @@
 """TextLDM in one file: a VAE, a Diffusion Transformer and flow matching, for text.
 
-An unofficial, educational implementation of [TextLDM]. Text becomes a sequence of continuous latents, one
-a token; a Diffusion Transformer learns to turn noise into the latents of a continuation.
+Unofficial and educational, after [TextLDM]: text becomes latents, one a token; a DiT turns noise into those of a continuation.
 
     stage 1  tokens --encoder--> posterior --draw--> z --decoder--> tokens            TextVAE, train_vae.py
                         +--projection--> features of a frozen GPT                     REPA, in TextVAE.alignment
     stage 2  [clean latents of the context ; noisy latents of the target]             TextDiT, train_dit.py
-                        --DiT--> velocity, with a loss on the target only             velocity_loss
+                        --DiT--> p(token) --> velocity, with a loss on the target     flow_loss
     sample   prompt --encoder--> context;  noise --Euler--> target --decoder--> text  continue_texts, sample.py
 
 Shapes   B rows in a batch      N tokens in a row           V tokens in the vocabulary
-         E width of a network   H heads of D = E / H        C channels of a latent, raw in TextVAE, elsewhere standardised
+         E width of a network   H heads of D = E / H        C channels of a latent, standardised outside TextVAE
 Time     t = 1 is noise and t = 0 is data, everywhere. The path between them is straight,
          z_t = (1 - t) z_0 + t eps, so its velocity is dz_t/dt = eps - z_0.
 Rows     hold two texts, a context, then the target that continues it (Corpus.batch makes them). `segment` (B, N) marks tokens
@@ -22,7 +21,7 @@ Tags     `unspecified:` the paper is silent and the choice is ours.   `deviation
 [TextLDM] Jiang et al. 2026, arXiv 2605.07748     [GPT2] Radford et al. 2019     [RoPE] Su et al. 2021, 2104.09864
 [VAE] Kingma, Welling 2013, 1312.6114     [DiT] Peebles, Xie 2022, 2212.09748    [REPA] Yu et al. 2024, 2410.06940
 [FM] Lipman et al. 2022, 2210.02747       [SD3] Esser et al. 2024, 2403.03206    [CFG] Ho, Salimans 2022, 2207.12598
-Short of time? Read part 5 (the loss and the sampler), then TextVAE.forward.
+Short of time? Read TextDiT.forward and part 5 (the loss and the sampler), then TextVAE.forward.
 """
 
 import argparse
@@ -62,7 +61,7 @@ class TrunkConfig:
     n_layer: int = option(4, "Transformer blocks", 1)
     n_head: int = option(4, "attention heads", 1)
     n_embd: int = option(192, "width of the residual stream", 1)
-    block_size: int = option(64, "longest row in tokens; where rows are documents, at most their usual length", 2)
+    block_size: int = option(64, "longest row in tokens; where rows are documents, at most the length that 99% of them have", 2)
     vocab_size: int = option(0, "tokens in the vocabulary (always the corpus's)", 0)
 
 
@@ -302,7 +301,7 @@ class DiTConfig(TrunkConfig):
     channels: int = option(0, "C, channels of a latent; 0: the VAE's", 0)
     adaln: bool = option(True, "deviation: tell the blocks the time, by adaLN-zero")
     context_drop: float = option(0.1, "share of rows trained without their context, for guidance (the paper's)", 0, 1)
-    posterior: bool = option(True, "deviation: predict probabilities of tokens, the clean latent being their mean latent")
+    predict_tokens: bool = option(True, "deviation: predict p(token), from which the velocity follows")
     t_mean: float = option(0.0, "logit-normal times: mean (the paper's)", -9, 9)
     t_std: float = option(1.5, "logit-normal times: std (the paper's)", 1e-3, 9)
 
@@ -319,8 +318,8 @@ class TextDiT(nn.Module):
         if config.adaln:
             self.time_mlp = nn.Sequential(nn.Linear(E, E), nn.SiLU(), nn.Linear(E, E), nn.SiLU())
         self.trunk = Trunk(config, config.adaln)
-        self.to_output = nn.Linear(E, config.vocab_size if config.posterior else config.channels)  # logits, or the velocity
-        self.register_buffer("latent_of", torch.zeros(config.vocab_size * config.posterior, config.channels))  # see train_dit.py
+        self.to_output = nn.Linear(E, config.vocab_size if config.predict_tokens else config.channels)  # logits, or the velocity
+        self.register_buffer("latent_of", torch.zeros(config.vocab_size * config.predict_tokens, config.channels))  # E[z_0 | token]
         init_weights(self)
         nn.init.zeros_(self.to_output.weight)                                   # training starts from v = 0, or equal chances
 
@@ -332,15 +331,16 @@ class TextDiT(nn.Module):
 
     def forward(self, x, segment, t):
         """x (B, N, C), clean (or dropped: zero) where segment is CONTEXT, noisy where TARGET; t (B,) -> velocity (B, N, C)
-        and, with `posterior`, logits (B, N, V) of the tokens given all of x, else None."""
+        and, with `predict_tokens`, logits (B, N, V) of the tokens given all of x, else None."""
         h = self.from_latent(x) + self.segment_emb((segment == TARGET).long())  # (B, N, E)
         mask = (segment != PADDING)[:, None, None, :] if (segment == PADDING).any() else None  # (B, 1, 1, N)
         h = self.trunk(h, mask, self.time_embedding(t) if self.config.adaln else None)
         output = self.to_output(h).float()                                      # (B, N, V) or (B, N, C)
-        if not self.config.posterior:
+        if not self.config.predict_tokens:
             return output, None
-        # A latent tells its token and little else, so E[z_0 | x] is the tokens' latents, each times p(token | x). The best
-        # velocity is (x - E[z_0 | x]) / t: made in this way it never points between two tokens by mistake.
+        # eps - z_0 = (x - z_0) / t, so the best velocity is (x - E[z_0 | x]) / t, and E[z_0 | x] is the sum over tokens of
+        # p(token | x) E[z_0 | token, x]. Instead of the latter `latent_of` has E[z_0 | token]: the same where a token fixes
+        # its latent (train_dit.py prints how nearly); what else a latent holds is lost.
         return (x - output.softmax(-1) @ self.latent_of) / t[:, None, None].clamp(min=1e-4), output
 
 
@@ -369,10 +369,9 @@ def flow_loss(dit, vae, batch, config, generator):
     eps = torch.randn(z_0.shape, generator=generator, device=z_0.device)
     error, _, logits = velocity_loss(dit, z_0, batch.segment, logit_normal(u, config), eps, drop < config.context_drop)
     weight = batch.weight * (batch.segment == TARGET)
-    flow = weighted_mean(error.detach(), weight == 1)
-    if logits is not None:  # its minimum is that of the velocity's error, where latents tell tokens, and reached much sooner
-        error = F.cross_entropy(logits.flatten(0, 1), batch.tokens.flatten(), reduction="none").view(weight.shape)  # (B, N)
-    return dict(flow=flow, loss=weighted_mean(error, weight))
+    loss = error if logits is None else F.cross_entropy(  # the same optimum where a token fixes its latent, reached sooner
+        logits.flatten(0, 1), batch.tokens.flatten(), reduction="none").view(weight.shape)                  # (B, N)
+    return dict(flow=weighted_mean(error.detach(), weight == 1), loss=weighted_mean(loss, weight))
 
 
 def guided_velocity(dit, z, t, context, segment, cfg_scale):
@@ -526,7 +525,7 @@ class TrainConfig:
 
 
 def paper(n_layer, n_head, n_embd, max_steps=200_000, **more):
-    """A preset of the paper's scale; the scripts have those of their stages. (`tiny`, for CPUs, is the configs' defaults.)"""
+    """A preset of the paper's scale; the scripts have those of their stages, and `tiny`, for CPUs."""
     return dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, max_steps=max_steps, block_size=1024, batch_size=16,
                 accumulate=48, learning_rate=1e-4, warmup=2000, eval_interval=2000, muon=False, **more)
 
@@ -537,10 +536,10 @@ def command_line(description, *types, presets=None):
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     if presets:
         parser.add_argument("--preset", choices=presets, default="tiny", help="sizes and schedule (tiny)")
-    options = {f.name: f for t in types for f in fields(t)}
+    options, tiny = {f.name: f for t in types for f in fields(t)}, (presets or {}).get("tiny", {})
     for name, f in options.items():
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
-        parser.add_argument(f"--{name}", help=f"{f.metadata['help']} ({f.default})".replace("%", "%%"),
+        parser.add_argument(f"--{name}", help=f"{f.metadata['help']} ({tiny.get(name, f.default)})".replace("%", "%%"),
                             default=argparse.SUPPRESS, **kind)
     given = vars(parser.parse_args())
     values = {**(presets or {}).get(given.pop("preset", None), {}), **given}
@@ -568,7 +567,7 @@ def pick_device(name):
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device={name} is not to be had here ({str(e).splitlines()[0][:80]})") from None
-    torch.backends.cuda.enable_flash_sdp(device.type != "cpu")  # there, on short rows, the plain kernel trains 1.5 times as fast
+    torch.backends.cuda.enable_flash_sdp(device.type != "cpu")  # on a CPU's short rows the plain kernel trains 1.5 times as fast
     bf16 = dict(cpu=getattr(torch.cpu, "_is_avx512_bf16_supported", bool), mps=bool,
                 cuda=lambda: torch.cuda.is_bf16_supported(including_emulation=False))[device.type]()
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
@@ -612,7 +611,7 @@ def model_from(cls, config_cls, state):
 
 def train(stage, cfg, model, corpus, loss_of, evaluate, cut_words=True, ema=False, **extra):
     """The loop of all stages. loss_of(net, batch, generator, step) and evaluate(model) return dicts with `loss`, the latter
-    on val; extra is what else a resumed run must share (the DiT's: its VAE). Writes STAGE.pt (best by val; of averaged
+    on val; extra is what else a resumed run must share (the VAE's teacher, the DiT's VAE). Writes STAGE.pt (best by val; of averaged
     weights with `ema`), STAGE_last.pt and STAGE.jsonl."""
     (device, autocast), out = pick_device(cfg.device), Path(cfg.out)
     net = torch.compile(model.to(device)) if cfg.compile else model.to(device)
@@ -657,7 +656,8 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, cut_words=True, ema=Fals
             if not math.isfinite(norm):
                 raise UserError(f"the gradient of step {step} is not finite; --resume, or start again, at a lower --learning_rate")
             for optimizer in optimizers:
-                optimizer.param_groups[0]["lr"] = optimizer.param_groups[-1]["lr"] = lr
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
                 optimizer.step()
                 optimizer.zero_grad()
             step += 1

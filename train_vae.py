@@ -64,7 +64,7 @@ def main():
                    f"channels active, REPA cosine {mean['cos']:.3f}, loss {mean['loss']:.4f}")
         return dict(mean, active=active)
 
-    train("vae", cfg, vae, corpus, loss_of, evaluate)
+    train("vae", cfg, vae, corpus, loss_of, evaluate, teacher=vae.teacher_mean.tolist())
 
 
 if __name__ == "__main__":
