@@ -848,7 +848,14 @@ def test_bad_checkpoints_are_refused(home, tmp_path, capsys, monkeypatch):
     refuse(capsys, "another vocabulary", "train_dit.py", *other, keep=home)
     refuse(capsys, "different tokenizers", "train_vae.py", *other, keep=home)
     refuse(capsys, "another vocabulary", "bench/train_gpt.py", *other, "--resume", keep=home)
-    refuse(capsys, "other options", "bench/train_gpt.py", *data, "--resume", "--n_layer=1", keep=home)
+    alike = [*data, "--resume", "--batch_size=8", *(f"--{k}={v}" for k, v in SMALL.items())]
+    refuse(capsys, "other options", "bench/train_gpt.py", *alike, "--n_layer=1", keep=home)
+    refuse(capsys, "other options", "bench/train_gpt.py", *alike, "--seed=2", keep=home)
+    # another teacher than the VAE's, of the same sizes
+    state = load_checkpoint(out / "gpt.pt", "gpt", "")
+    state["model"]["wte.weight"] += 1
+    save_checkpoint(out / "gpt2.pt", **state)
+    refuse(capsys, "another teacher", "train_vae.py", *alike, "--teacher", out / "gpt2.pt", keep=home)
 
 
 def test_bad_options_are_refused(home, tmp_path, capsys):

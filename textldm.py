@@ -629,7 +629,7 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, cut_words=True, ema=Fals
     if cfg.resume:
         state = load_checkpoint(last, stage, "start without --resume", corpus.tokenizer)
         if any(state.get(k) != v for k, v in identity.items()):
-            raise UserError(f"{last} was started with other options or another VAE; resume with those")
+            raise UserError(f"{last} was started with other options, another VAE or another teacher; resume with those")
         for name, part in parts.items():
             part.load_state_dict(state[name])
         step, best = state["step"], state["best"]
