@@ -514,7 +514,7 @@ class TrainConfig:
     batch_size: int = option(192, "rows in a micro-batch", 1)
     accumulate: int = option(1, "micro-batches in a step", 1)
     max_steps: int = option(500, "optimiser steps", 1)
-    learning_rate: float = option(4e-3, "at its peak", 0)
+    learning_rate: float = option(4e-3 if hasattr(torch.optim, "Muon") else 1e-3, "at its peak; AdamW alone wants less", 0)
     warmup: int = option(100, "steps of linear warm-up, before a cosine down to a tenth", 0)
     weight_decay: float = option(0.01, "on matrices only (the paper's)", 0)
     muon: bool = option(hasattr(torch.optim, "Muon"), "deviation: Muon for blocks' matrices (torch 2.9 on)", 0, hasattr(torch.optim, "Muon"))
