@@ -194,13 +194,25 @@ def test_vae_loss_is_ce_plus_kl_minus_cosine(vae):
 
 
 def test_repa_is_a_cosine_of_standardised_features(vae):
-    h = torch.randn(2, N, 16)
+    mu = torch.randn(2, N, C)
     vae.teacher_mean.normal_()
     vae.teacher_std.uniform_(0.5, 2)
     with torch.no_grad():
-        same = vae.to_teacher(h) * vae.teacher_std + vae.teacher_mean
-    assert torch.allclose(vae.alignment(h, same), torch.ones(2, N), atol=1e-5)
-    assert torch.allclose(vae.alignment(h, same * 3 - 2 * vae.teacher_mean), torch.ones(2, N), atol=1e-5)  # scale-free
+        same = vae.to_teacher(mu) * vae.teacher_std + vae.teacher_mean
+    assert torch.allclose(vae.alignment(mu, same), torch.ones(2, N), atol=1e-5)
+    assert torch.allclose(vae.alignment(mu, same * 3 - 2 * vae.teacher_mean), torch.ones(2, N), atol=1e-5)  # scale-free
+
+
+@pytest.mark.parametrize("repa_latents", (True, False))
+def test_repa_shapes_the_latents_or_as_in_the_paper_the_features_behind_them(repa_latents):
+    vae = randomise(TextVAE(VAEConfig(**SMALL, vocab_size=V, channels=C, teacher_embd=16, repa_latents=repa_latents)))
+    features, grads = torch.randn(4, N, 16), []
+    for vae.config.repa in (0, 1):  # their difference is what the alignment asks for
+        vae.zero_grad()
+        vae(make_batch(), features)["loss"].backward()
+        grads.append([p.grad.clone() for p in (vae.to_posterior.weight, vae.encoder.ln_f.weight)])
+    latents, encoder = ((b - a).abs().max() > 1e-4 for a, b in zip(*grads))
+    assert latents == repa_latents and encoder
 
 
 def test_the_teacher_receives_no_gradient(vae):

@@ -3,7 +3,7 @@
 Unofficial and educational, after [TextLDM]: text becomes latents, one a token; a DiT turns noise into those of a continuation.
 
     stage 1  tokens --encoder--> posterior --draw--> z --decoder--> tokens            TextVAE, train_vae.py
-                        +--projection--> features of a frozen GPT                     REPA, in TextVAE.alignment
+                                     +--projection--> features of a frozen GPT        REPA, in TextVAE.alignment
     stage 2  [clean latents of the context ; noisy latents of the target]             TextDiT, train_dit.py
                         --DiT--> p(token) --> velocity, with a loss on the target     flow_loss
     sample   prompt --encoder--> context;  noise --Euler--> target --decoder--> text  continue_texts, sample.py
@@ -141,6 +141,10 @@ def weighted_mean(x, weight):  # (B, N) each
     return (x * weight).sum() / weight.sum().clamp(min=1e-9)
 
 
+def cross_entropy(logits, tokens):  # (B, N, V), (B, N) -> (B, N)
+    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
+
+
 # ---- 2. GPT: the frozen teacher for REPA, and the autoregressive baseline --------------------------------
 class GPT(Trunk):
     """GPT-2 [GPT2]: learned positions, tanh GELU, tied embeddings. Parameters have Hugging Face's names: their files load."""
@@ -196,7 +200,7 @@ class GPT(Trunk):
         return gpt.eval(), dict(encoding="gpt2", vocab_size=V, eot=V - 1)
 
 
-# ---- 3. The VAE: tokens to latents and back, one latent a token; its encoder aligned to a teacher by REPA
+# ---- 3. The VAE: tokens to latents and back, one latent a token; aligned to a teacher by REPA
 def same_segment(segment):
     """Who sees whom in the VAE, (B, 1, N, N): query and key with the same label. Context and target share a row
     and a pass, and neither knows of the other (section 3.2 of [TextLDM]: a bidirectional encoder would
@@ -218,6 +222,7 @@ class VAEConfig(TrunkConfig):
     beta: float = option(1e-3, "weight of the KL divergence (the paper's)", 0)
     beta_warmup: int = option(200, "steps over which beta grows from zero: first learn to write, then to compress", 0)
     repa: float = option(1.0, "lambda, weight of the alignment (the paper's)", 0)
+    repa_latents: bool = option(True, "deviation: REPA aligns the latents' means, not the encoder's features")
     teacher_embd: int = option(0, "width of the teacher (always as it is; 0: none)", 0)
 
 
@@ -234,7 +239,7 @@ class TextVAE(nn.Module):
         self.from_latent = nn.Linear(C, E)
         self.decoder = Trunk(config)
         self.to_logits = nn.Linear(E, config.vocab_size, bias=False)
-        self.to_teacher = nn.Linear(E, config.teacher_embd) if config.teacher_embd else None
+        self.to_teacher = nn.Linear(C if config.repa_latents else E, config.teacher_embd) if config.teacher_embd else None
         init_weights(self)
         # Statistics of training data: z's from `standardise`, at every evaluation; the teacher's from train_vae.py.
         # unspecified: the scale of the latents. beta is too small to hold them near N(0, 1), so stage 2 standardises them.
@@ -252,12 +257,13 @@ class TextVAE(nn.Module):
         """Raw latents z (B, N, C) -> logits (B, N, V) of all tokens at once."""
         return self.to_logits(self.decoder(self.from_latent(z).float(), same_segment(segment))).float()
 
-    def alignment(self, h, features):
-        """REPA [REPA]: cosine (B, N) of the encoder's features h, linearly projected, and the frozen teacher's,
-        (B, N, E_teacher). deviation: the teacher's are standardised first; a few huge, nearly constant dimensions
-        give any two positions of GPT-2 a cosine of about two thirds."""
+    def alignment(self, student, features):
+        """REPA [REPA]: cosine (B, N) of the student, linearly projected, and the frozen teacher's features (B, N, E_teacher).
+        The student is mu (B, N, C), which the DiT will see, or, in the paper's form, the encoder's last features h (B, N, E),
+        of which mu may leave out what the teacher gave. deviation: the teacher's are standardised first; a few huge,
+        nearly constant dimensions give any two positions of GPT-2 a cosine of about two thirds."""
         target = (features.float() - self.teacher_mean) / self.teacher_std      # (B, N, E_teacher)
-        return F.cosine_similarity(self.to_teacher(h).float(), target.detach(), dim=-1)
+        return F.cosine_similarity(self.to_teacher(student).float(), target.detach(), dim=-1)
 
     def forward(self, batch, features=None, beta=None, generator=None):
         """L = CE + beta KL + lambda L_REPA (Eq. 1-3 of [TextLDM]), L_REPA = -mean cos. Returns a dict of
@@ -267,10 +273,11 @@ class TextVAE(nn.Module):
         noise = 0 if generator is None else torch.randn(mu.shape, generator=generator, device=mu.device)
         z = mu + (0.5 * logvar).exp() * noise                                   # (B, N, C)
         logits = self.decode(z, segment)                                        # (B, N, V)
-        ce = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)  # (B, N)
+        ce = cross_entropy(logits, tokens)                                      # (B, N)
         # KL of a diagonal Gaussian from the standard one (appendix B of [VAE]), summed over channels
         kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(-1)            # (B, N)
-        cos = torch.zeros_like(ce) if features is None else self.alignment(h, features)  # (B, N)
+        student = mu if self.config.repa_latents else h
+        cos = torch.zeros_like(ce) if features is None else self.alignment(student, features)  # (B, N)
         loss = ce + (self.config.beta if beta is None else beta) * kl - self.config.repa * cos
         report = dict(ce=ce, kl=kl, cos=cos, accuracy=(logits.argmax(-1) == tokens).float())
         report = {k: weighted_mean(x.detach(), weight == 1) for k, x in report.items()}
@@ -339,8 +346,8 @@ class TextDiT(nn.Module):
         if not self.config.predict_tokens:
             return output, None
         # eps - z_0 = (x - z_0) / t, so the best velocity is (x - E[z_0 | x]) / t, and E[z_0 | x] is the sum over tokens of
-        # p(token | x) E[z_0 | token, x]. Instead of the latter `latent_of` has E[z_0 | token]: the same where a token fixes
-        # its latent (train_dit.py prints how nearly); what else a latent holds is lost.
+        # p(token | x) E[z_0 | token, x]. Instead of the latter `latent_of` has E[z_0 | token]: what else a latent holds
+        # (train_dit.py prints how much) is read in the context, and not written in the target.
         return (x - output.softmax(-1) @ self.latent_of) / t[:, None, None].clamp(min=1e-4), output
 
 
@@ -369,8 +376,7 @@ def flow_loss(dit, vae, batch, config, generator):
     eps = torch.randn(z_0.shape, generator=generator, device=z_0.device)
     error, _, logits = velocity_loss(dit, z_0, batch.segment, logit_normal(u, config), eps, drop < config.context_drop)
     weight = batch.weight * (batch.segment == TARGET)
-    loss = error if logits is None else F.cross_entropy(  # the same optimum where a token fixes its latent, reached sooner
-        logits.flatten(0, 1), batch.tokens.flatten(), reduction="none").view(weight.shape)                  # (B, N)
+    loss = error if logits is None else cross_entropy(logits, batch.tokens)  # (B, N)
     return dict(flow=weighted_mean(error.detach(), weight == 1), loss=weighted_mean(loss, weight))
 
 

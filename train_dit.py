@@ -3,9 +3,10 @@
     python train_dit.py                                         # the embedded names, after train_vae.py
     python train_dit.py --data=data/owt2 --preset=small --out=out/owt2
 
-Watch the table by t. `loss` is the velocity's squared error, by which the best checkpoint is chosen, and `shuffled` the same when
-the contexts are another row's: equal to loss as long as the DiT makes nothing of its context. `predicted` is the share of tokens
-that decode right from the DiT's estimate of the clean latents, `noisy` from the rescaled noisy ones, z_t / (1 - t).
+Watch the table by t. `loss` is what training minimises there (nats a token, or the velocity's squared error), by which the best
+checkpoint is chosen, and `shuffled` the same when the contexts are another row's: equal to loss as long as the DiT makes nothing of its
+context. `predicted` is the share of tokens that decode right from the DiT's estimate of the clean latents, `noisy` from the rescaled
+noisy ones, z_t / (1 - t).
 """
 
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ import torch
 from tqdm import tqdm
 
 from textldm import (CONTEXT, TARGET, Corpus, DiTConfig, TextDiT, TextVAE, TrainConfig, UserError, VAEConfig, command_line,
-                     continue_texts, flow_loss, load_checkpoint, model_from, option, paper, pick_device, rotate, run, train,
-                     velocity_loss, weighted_mean)
+                     continue_texts, cross_entropy, flow_loss, load_checkpoint, model_from, option, paper, pick_device, rotate,
+                     run, train, velocity_loss, weighted_mean)
 
 # unspecified: depth and width, chosen to match the paper's 114M, 328M and 768M parameters
 PRESETS = {k: paper(*size, max_steps=1_000_000, adaln=False, predict_tokens=False) for k, size in dict(
@@ -91,10 +92,11 @@ def main():
         mean = lambda x: weighted_mean(x.float(), counted).item()
         lines, table = [f"{'t':>5}{'loss':>9}{'shuffled':>10}{'noisy':>8}{'predicted':>11}"], []
         for t in torch.arange(1, 10, device=device) / 10:
-            error, guess, _ = velocity_loss(dit, z_0, segment, t.expand(len(z_0)), eps)
-            shuffled, *_ = velocity_loss(dit, strange, segment, t.expand(len(z_0)), eps)
+            error, guess, logits = velocity_loss(dit, z_0, segment, t.expand(len(z_0)), eps)
+            error_s, _, logits_s = velocity_loss(dit, strange, segment, t.expand(len(z_0)), eps)
+            loss, shuffled = (error, error_s) if logits is None else (cross_entropy(x, tokens) for x in (logits, logits_s))
             noisy = z_0 + t / (1 - t) * eps                                     # z_t / (1 - t)
-            table.append(dict(t=round(t.item(), 1), loss=mean(error), shuffled=mean(shuffled),
+            table.append(dict(t=round(t.item(), 1), loss=mean(loss), shuffled=mean(shuffled), error=mean(error),
                               noisy=mean(vae.read(noisy, segment) == tokens), predicted=mean(vae.read(guess, segment) == tokens)))
             lines.append("{t:5.1f}{loss:9.4f}{shuffled:10.4f}{noisy:8.3f}{predicted:11.3f}".format(**table[-1]))
         prompts = [row[s == CONTEXT].tolist()[: config.block_size // 2] for row, s in zip(tokens[:4], segment)]

@@ -1,4 +1,4 @@
-"""Stage 1: trains the VAE, its encoder aligned to a frozen GPT.
+"""Stage 1: trains the VAE, aligned to a frozen GPT.
 
     python train_vae.py                                        # the embedded names, after bench/train_gpt.py
     python train_vae.py --data=data/owt2 --preset=small --teacher=gpt2 --out=out/owt2
@@ -16,7 +16,7 @@ from textldm import (GPT, Corpus, TextVAE, TrainConfig, UserError, VAEConfig, co
 
 # The paper has one VAE for all sizes of DiT. `tiny` learns slowly on purpose: a VAE that is trained harder reconstructs and
 # aligns no worse, and a DiT makes worse text of its latents (bench/EXPERIMENTS.md).
-PRESETS = dict.fromkeys(("small", "medium", "large"), paper(9, 12, 768, channels=64, beta_warmup=10_000)) | dict(
+PRESETS = dict.fromkeys(("small", "medium", "large"), paper(9, 12, 768, channels=64, beta_warmup=10_000, repa_latents=False)) | dict(
     tiny=dict(learning_rate=1e-3, muon=False))
 
 

@@ -36,7 +36,8 @@ from tqdm import tqdm
 os.environ["HF_HUB_OFFLINE"] = "1"  # BERTScore is computed where its weights are, and never fetches them
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sample import SampleConfig, fit, generate, load_models, read_lines, write_whole
-from textldm import GPT, Corpus, UserError, command_line, continue_texts, load_encoding, option, pick_device, run
+from textldm import (GPT, Corpus, UserError, command_line, continue_texts, cross_entropy, load_encoding, option, pick_device,
+                     run)
 
 
 @dataclass
@@ -213,7 +214,7 @@ def score(gpt, tokenizer, prompts, texts, autocast):
         with autocast:
             h = gpt.ln_f(gpt.hidden_states(x, gpt.config.n_layer))              # (B, N, E)
             logits = F.linear(h, gpt.wte.weight).float()                        # (B, N, V)
-        ce = F.cross_entropy(logits[:, :-1].flatten(0, 1), x[:, 1:].flatten(), reduction="none").view(len(some), N - 1).cpu()
+        ce = cross_entropy(logits[:, :-1], x[:, 1:]).cpu()                      # (B, N - 1)
         for k, i in enumerate(some):
             nll[i] = ce[k, len(rows[i]) - len(new[i]) - 1 : len(rows[i]) - 1].double().sum()
             features[i] = h[k, len(rows[i]) - 1 - (new[i][-1:] == [eot])].float().cpu()

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from textldm import GPT, Corpus, TrainConfig, TrunkConfig, command_line, paper, pick_device, run, train, weighted_mean
+from textldm import (GPT, Corpus, TrainConfig, TrunkConfig, command_line, cross_entropy, paper, pick_device, run, train,
+                     weighted_mean)
 
 PRESETS = dict(tiny={}, small=paper(12, 12, 768), medium=paper(24, 16, 1024), large=paper(36, 20, 1280))  # GPT-2's
 
@@ -30,8 +31,7 @@ def main():
 
     def loss_of(net, batch, generator=None, step=None):
         logits = net(F.pad(batch.tokens[:, :-1], (1, 0), value=corpus.eot)).float()  # (B, N, V)
-        ce = F.cross_entropy(logits.flatten(0, 1), batch.tokens.flatten(), reduction="none").view(batch.tokens.shape)
-        return dict(loss=weighted_mean(ce, batch.weight == 1))
+        return dict(loss=weighted_mean(cross_entropy(logits, batch.tokens), batch.weight == 1))
 
     @torch.no_grad()
     def evaluate(gpt):
