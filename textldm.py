@@ -221,7 +221,7 @@ class VAEConfig(TrunkConfig):
     channels: int = option(16, "C, channels of a latent; the paper's best is 64", 1)
     beta: float = option(1e-3, "weight of the KL divergence (the paper's)", 0)
     beta_warmup: int = option(200, "steps over which beta grows from zero: first learn to write, then to compress", 0)
-    repa: float = option(1.0, "lambda, weight of the alignment (the paper's)", 0)
+    repa: float = option(1.0, "lambda, weight of the alignment (the paper's, but in tiny)", 0)
     repa_latents: bool = option(True, "deviation: REPA aligns the latents' means, not the encoder's features")
     teacher_embd: int = option(0, "width of the teacher (always as it is; 0: none)", 0)
 
