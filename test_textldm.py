@@ -21,8 +21,8 @@ import train_dit
 import train_vae
 from sample import generate
 from textldm import (CONTEXT, GPT, PADDING, TARGET, Batch, Corpus, DiTConfig, TextDiT, TextVAE, TrunkConfig, UserError, VAEConfig,
-                     continue_texts, euler, flow_loss, guided_velocity, load_checkpoint, logit_normal, save_checkpoint,
-                     teacher_features, velocity_loss)
+                     continue_texts, denoising_loss, euler, flow_loss, guided_velocity, load_checkpoint, logit_normal, save_checkpoint,
+                     teacher_features)
 
 ROOT = Path(__file__).parent
 EOT, V, C, N = 49, 50, 6, 12
@@ -131,17 +131,17 @@ def test_dit_target_sees_context_and_context_is_clean(dit):
     assert (grad[segment == CONTEXT] != 0).any(-1).all()
     noised = {}  # what the DiT is given: context untouched at any t, target noised
     z_0, eps, t = torch.randn(4, N, C), torch.randn(4, N, C), torch.full((4,), 0.7)
-    velocity_loss(lambda x, s, t: noised.update(x=x) or (x, None), z_0, segment, t, eps)
+    denoising_loss(lambda x, s, t: noised.update(x=x) or (x, None), z_0, None, segment, t, eps)
     assert torch.equal(noised["x"][segment == CONTEXT], z_0[segment == CONTEXT])
     assert torch.allclose(noised["x"][segment == TARGET], (0.3 * z_0 + 0.7 * eps)[segment == TARGET])
 
 
 def test_a_dropped_context_is_not_seen(dit):
-    _, segment, _ = make_batch()
+    tokens, segment, _ = make_batch()
     eps, t, drop = torch.randn(4, N, C), torch.full((4,), 0.6), torch.tensor([True, True, False, False])
     z_0 = torch.randn(4, N, C)
     other = torch.where((segment == CONTEXT)[..., None], torch.randn(4, N, C), z_0)
-    a, b = (velocity_loss(dit, z, segment, t, eps, drop)[0] for z in (z_0, other))
+    a, b = (denoising_loss(dit, z, tokens, segment, t, eps, drop)[0] for z in (z_0, other))
     same = [torch.equal(x[s == TARGET], y[s == TARGET]) for x, y, s in zip(a, b, segment)]
     assert same == [True, True, False, False]
 
@@ -157,8 +157,8 @@ def test_padding_changes_no_number(vae, dit):
     eps, t = torch.randn(4, N + pad, C), torch.rand(4)
     z = vae.latents(*padded[:2])
     assert torch.allclose(z[:, :N], vae.latents(*batch[:2]), atol=1e-5)
-    error, *_ = velocity_loss(dit, z, padded.segment, t, eps)
-    assert torch.allclose(error[:, :N], velocity_loss(dit, z[:, :N], batch.segment, t, eps[:, :N])[0], rtol=1e-4)
+    for x, y in zip(denoising_loss(dit, z, *padded[:2], t, eps), denoising_loss(dit, z[:, :N], *batch[:2], t, eps[:, :N])):
+        assert torch.allclose(x[:, :N], y, rtol=1e-4, atol=1e-5)
     means = []
     for b in (batch, padded):
         vae.standardise([b])
@@ -243,15 +243,15 @@ def test_standardised_latents_have_mean_0_and_std_1(vae):
 def test_an_untrained_dit_predicts_zero(vae):
     dit = TextDiT(DiTConfig(**SMALL, channels=C, predict_tokens=False))
     z_0, eps, segment = torch.randn(4, N, C), torch.randn(4, N, C), make_batch().segment
-    error, guess, _ = velocity_loss(dit, z_0, segment, torch.rand(4), eps)
-    assert torch.allclose(error, (eps - z_0).square().mean(-1))
+    loss, *_ = denoising_loss(dit, z_0, None, segment, torch.rand(4), eps)
+    assert torch.allclose(loss, (eps - z_0).square().mean(-1))
 
 
 def test_an_exact_velocity_has_no_loss_and_gives_back_the_data():
     z_0, eps, segment = torch.randn(4, N, C), torch.randn(4, N, C), torch.full((4, N), TARGET)
     t = torch.tensor([0.1, 0.5, 0.9, 1.0])
-    error, guess, _ = velocity_loss(lambda x, s, t: ((x - z_0) / t[:, None, None], None), z_0, segment, t, eps)
-    assert error.max() < 1e-8 and torch.allclose(guess, z_0, atol=1e-5)
+    loss, error, guess = denoising_loss(lambda x, s, t: ((x - z_0) / t[:, None, None], None), z_0, None, segment, t, eps)
+    assert loss.max() < 1e-8 and torch.equal(loss, error) and torch.allclose(guess, z_0, atol=1e-5)
 
 
 def test_flow_loss_learns_from_targets_alone(vae, dit):
@@ -262,7 +262,7 @@ def test_flow_loss_learns_from_targets_alone(vae, dit):
     assert torch.equal(flow_loss(dit, vae, all_context, dit.config, torch.Generator().manual_seed(0))["loss"], loss["loss"])
     no_tail = batch._replace(weight=(batch.weight == 1).float())
     without = flow_loss(dit, vae, no_tail, dit.config, torch.Generator().manual_seed(0))
-    assert without["flow"] == loss["flow"] and (dit.config.predict_tokens or without["loss"].item() == pytest.approx(loss["flow"].item()))
+    assert without["error"] == loss["error"] and (dit.config.predict_tokens or without["loss"].item() == pytest.approx(loss["error"].item()))
 
 
 def test_filling_in_hands_over_some_targets_and_leaks_none_of_the_others(vae):

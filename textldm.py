@@ -5,18 +5,19 @@ Unofficial and educational, after [TextLDM]: text becomes latents, one a token; 
     stage 1  tokens --encoder--> posterior --draw--> z --decoder--> tokens            TextVAE, train_vae.py
                                      +--projection--> features of a frozen GPT        REPA, in TextVAE.alignment
     stage 2  [clean latents of the context ; noisy latents of the target]             TextDiT, train_dit.py
-                        --DiT--> p(token) --> velocity, with a loss on the target     flow_loss
+                        --DiT--> p(token), by cross-entropy; hence the velocity       denoising_loss
     sample   prompt --encoder--> context;  noise --Euler--> target --decoder--> text  continue_texts, sample.py
 
 Shapes   B rows in a batch      N tokens in a row           V tokens in the vocabulary
-         E width of a network   H heads of D = E / H        C channels of a latent, standardised outside TextVAE
+         E width of a network   H heads of D = E / H        C channels of a latent
 Time     t = 1 is noise and t = 0 is data, everywhere. The path between them is straight,
          z_t = (1 - t) z_0 + t eps, so its velocity is dz_t/dt = eps - z_0.
 Rows     hold two texts, a context, then the target that continues it (Corpus.batch makes them). `segment` (B, N) marks tokens
          CONTEXT or TARGET, or PADDING, which nothing else sees, behind a row sampled beside longer ones. A target that ends
          before its row is followed by a tail of end-of-text tokens. `weight` (B, N) is 1 for the counted tokens, text up to
          and including its end-of-text, and TAIL_WEIGHT in the tail, which is trained lightly, so that samples stop. What
-         stages 1 and 2 minimise is averaged by weight; all else is over counted tokens.
+         stages 1 and 2 minimise is averaged by weight; what they report is over counted tokens.
+Latents  z are raw inside TextVAE and in its `posterior` and `decode`, and of mean 0 and std 1 per channel everywhere else.
 Tags     `unspecified:` the paper is silent and the choice is ours.   `deviation:` we do otherwise.
 [TextLDM] Jiang et al. 2026, arXiv 2605.07748     [GPT2] Radford et al. 2019     [RoPE] Su et al. 2021, 2104.09864
 [VAE] Kingma, Welling 2013, 1312.6114     [DiT] Peebles, Xie 2022, 2212.09748    [REPA] Yu et al. 2024, 2410.06940
@@ -211,7 +212,8 @@ def same_segment(segment):
 @torch.no_grad()
 def teacher_features(teacher, tokens, eot):
     """What REPA aligns to: (B, N, E_teacher) of the teacher's third-to-last layer for tokens (B, N). unspecified: an
-    `eot` goes first (a causal model's first position is abnormally large), and the teacher reads rows whole."""
+    `eot` goes first (a causal model's first position is abnormally large), and the teacher reads rows whole: part of what
+    it knows of a target is its context, which the encoder cannot see."""
     return teacher.hidden_states(F.pad(tokens, (1, 0), value=eot), max(teacher.config.n_layer - 2, 1))[:, 1:]
 
 
@@ -259,11 +261,11 @@ class TextVAE(nn.Module):
 
     def alignment(self, student, features):
         """REPA [REPA]: cosine (B, N) of the student, linearly projected, and the frozen teacher's features (B, N, E_teacher).
-        The student is mu (B, N, C), which the DiT will see, or, in the paper's form, the encoder's last features h (B, N, E),
-        of which mu may leave out what the teacher gave. deviation: the teacher's are standardised first; a few huge,
+        The student is mu (B, N, C), which the DiT will see, or, in the paper's form, the encoder's last features h (B, N, E);
+        `to_posterior` is then free to discard what was aligned. deviation: the teacher's are standardised first; a few huge,
         nearly constant dimensions give any two positions of GPT-2 a cosine of about two thirds."""
         target = (features.float() - self.teacher_mean) / self.teacher_std      # (B, N, E_teacher)
-        return F.cosine_similarity(self.to_teacher(student).float(), target.detach(), dim=-1)
+        return F.cosine_similarity(self.to_teacher(student).float(), target, dim=-1)
 
     def forward(self, batch, features=None, beta=None, generator=None):
         """L = CE + beta KL + lambda L_REPA (Eq. 1-3 of [TextLDM]), L_REPA = -mean cos. Returns a dict of
@@ -326,7 +328,7 @@ class TextDiT(nn.Module):
             self.time_mlp = nn.Sequential(nn.Linear(E, E), nn.SiLU(), nn.Linear(E, E), nn.SiLU())
         self.trunk = Trunk(config, config.adaln)
         self.to_output = nn.Linear(E, config.vocab_size if config.predict_tokens else config.channels)  # logits, or the velocity
-        self.register_buffer("latent_of", torch.zeros(config.vocab_size * config.predict_tokens, config.channels))  # E[z_0 | token]
+        self.register_buffer("latent_of", torch.zeros(config.vocab_size if config.predict_tokens else 0, config.channels))  # E[z_0 | token]
         init_weights(self)
         nn.init.zeros_(self.to_output.weight)                                   # training starts from v = 0, or equal chances
 
@@ -346,8 +348,8 @@ class TextDiT(nn.Module):
         if not self.config.predict_tokens:
             return output, None
         # eps - z_0 = (x - z_0) / t, so the best velocity is (x - E[z_0 | x]) / t, and E[z_0 | x] is the sum over tokens of
-        # p(token | x) E[z_0 | token, x]. Instead of the latter `latent_of` has E[z_0 | token]: what else a latent holds
-        # (train_dit.py prints how much) is read in the context, and not written in the target.
+        # p(token | x) E[z_0 | token, x]. Instead of the latter `latent_of` has E[z_0 | token]: what a latent holds beyond its
+        # token (train_dit.py prints how much) is in the context, and in the noisy targets of training, but never in a sample.
         return (x - output.softmax(-1) @ self.latent_of) / t[:, None, None].clamp(min=1e-4), output
 
 
@@ -358,26 +360,28 @@ def logit_normal(u, config):
     return torch.sigmoid(config.t_mean + config.t_std * math.sqrt(2) * torch.erfinv(2 * u - 1))
 
 
-def velocity_loss(dit, z_0, segment, t, eps, drop=None):
-    """Flow matching (Eq. 5 of [TextLDM]): latents z_0 and noise eps (B, N, C), times t (B,); rows where drop
-    (B,) is true have zeros for a context. Returns the squared error (B, N), the estimate of z_0 (B, N, C) that the
-    velocity amounts to, both of which mean something on the target only, and the DiT's logits (B, N, V) or None."""
+def denoising_loss(dit, z_0, tokens, segment, t, eps, drop=None):
+    """Flow matching (Eq. 5 of [TextLDM]): latents z_0 and noise eps (B, N, C), their tokens (B, N), times t (B,); rows where
+    drop (B,) is true have zeros for a context. Returns the loss (B, N), the velocity's squared error (B, N), which is the loss
+    unless the DiT predicts tokens, and the estimate of z_0 (B, N, C) that the velocity amounts to. All mean something on the
+    target only."""
     at = t[:, None, None]                                                       # (B, 1, 1)
     z_t = (1 - at) * z_0 + at * eps                                             # (B, N, C)
     context = z_0 if drop is None else z_0.masked_fill(drop[:, None, None], 0)
     v, logits = dit(torch.where((segment == TARGET)[..., None], z_t, context), segment, t)
-    return (v - (eps - z_0)).square().mean(-1), z_t - at * v, logits
+    error = (v - (eps - z_0)).square().mean(-1)                                 # (B, N)
+    return error if logits is None else cross_entropy(logits, tokens), error.detach(), z_t - at * v
 
 
 def flow_loss(dit, vae, batch, config, generator):
-    """The loss of stage 2 on a batch; times, noise and dropped contexts come from the generator."""
+    """The loss of stage 2 on a batch, a dict; times, noise and dropped contexts come from the generator."""
     z_0 = vae.latents(batch.tokens, batch.segment)                              # (B, N, C)
     u, drop = torch.rand(2, len(z_0), generator=generator, device=z_0.device)   # (B,) each
     eps = torch.randn(z_0.shape, generator=generator, device=z_0.device)
-    error, _, logits = velocity_loss(dit, z_0, batch.segment, logit_normal(u, config), eps, drop < config.context_drop)
+    t, drop = logit_normal(u, config), drop < config.context_drop
+    loss, error, _ = denoising_loss(dit, z_0, batch.tokens, batch.segment, t, eps, drop)
     weight = batch.weight * (batch.segment == TARGET)
-    loss = error if logits is None else cross_entropy(logits, batch.tokens)  # (B, N)
-    return dict(flow=weighted_mean(error.detach(), weight == 1), loss=weighted_mean(loss, weight))
+    return dict(error=weighted_mean(error, weight == 1), loss=weighted_mean(loss, weight))
 
 
 def guided_velocity(dit, z, t, context, segment, cfg_scale):

@@ -3,9 +3,9 @@
     python train_dit.py                                         # the embedded names, after train_vae.py
     python train_dit.py --data=data/owt2 --preset=small --out=out/owt2
 
-Watch the table by t. `loss` is what training minimises there (nats a token, or the velocity's squared error), by which the best
-checkpoint is chosen, and `shuffled` the same when the contexts are another row's: equal to loss as long as the DiT makes nothing of its
-context. `predicted` is the share of tokens that decode right from the DiT's estimate of the clean latents, `noisy` from the rescaled
+Watch the table by t. `loss` is what training minimises (nats a token, or the velocity's squared error), here over counted tokens with no
+context dropped; its mean over the nine t chooses the best checkpoint. `shuffled` is the same when the contexts are the beginnings of other
+rows: equal to loss as long as the DiT makes nothing of its context. `predicted` is the share of tokens that decode right from the DiT's estimate of the clean latents, `noisy` from the rescaled
 noisy ones, z_t / (1 - t).
 """
 
@@ -15,8 +15,8 @@ import torch
 from tqdm import tqdm
 
 from textldm import (CONTEXT, TARGET, Corpus, DiTConfig, TextDiT, TextVAE, TrainConfig, UserError, VAEConfig, command_line,
-                     continue_texts, cross_entropy, flow_loss, load_checkpoint, model_from, option, paper, pick_device, rotate,
-                     run, train, velocity_loss, weighted_mean)
+                     continue_texts, denoising_loss, flow_loss, load_checkpoint, model_from, option, paper, pick_device, rotate,
+                     run, train, weighted_mean)
 
 # unspecified: depth and width, chosen to match the paper's 114M, 328M and 768M parameters
 PRESETS = {k: paper(*size, max_steps=1_000_000, adaln=False, predict_tokens=False) for k, size in dict(
@@ -54,7 +54,7 @@ def fill_in(batch, share, generator):
 
 @torch.no_grad()
 def latents_of_tokens(vae, batches):
-    """The mean latent (V, C) of each token: wherever the batches have it, and alone in a text."""
+    """The mean latent (V, C) of each token, over its places in the batches and one alone, so that rare tokens have one."""
     alone = torch.arange(vae.config.vocab_size, device=vae.z_mean.device)[:, None]
     table = vae.latents(alone, torch.full_like(alone, TARGET))[:, 0]            # (V, C)
     z = torch.cat([vae.latents(b.tokens, b.segment)[b.weight == 1] for b in batches])
@@ -88,13 +88,12 @@ def main():
         tokens, segment, weight = rows
         counted = (weight == 1) & (segment == TARGET)
         z_0 = vae.latents(tokens, segment)                                      # (B, N, C)
-        strange = vae.latents(torch.where(segment == CONTEXT, tokens[donor], tokens), segment)
+        strange = vae.latents(torch.where(segment == CONTEXT, tokens[donor], tokens), segment)  # the targets' are those of z_0
         mean = lambda x: weighted_mean(x.float(), counted).item()
         lines, table = [f"{'t':>5}{'loss':>9}{'shuffled':>10}{'noisy':>8}{'predicted':>11}"], []
         for t in torch.arange(1, 10, device=device) / 10:
-            error, guess, logits = velocity_loss(dit, z_0, segment, t.expand(len(z_0)), eps)
-            error_s, _, logits_s = velocity_loss(dit, strange, segment, t.expand(len(z_0)), eps)
-            loss, shuffled = (error, error_s) if logits is None else (cross_entropy(x, tokens) for x in (logits, logits_s))
+            loss, error, guess = denoising_loss(dit, z_0, tokens, segment, t.expand(len(z_0)), eps)
+            shuffled, *_ = denoising_loss(dit, strange, tokens, segment, t.expand(len(z_0)), eps)
             noisy = z_0 + t / (1 - t) * eps                                     # z_t / (1 - t)
             table.append(dict(t=round(t.item(), 1), loss=mean(loss), shuffled=mean(shuffled), error=mean(error),
                               noisy=mean(vae.read(noisy, segment) == tokens), predicted=mean(vae.read(guess, segment) == tokens)))
