@@ -36,7 +36,7 @@ class SampleConfig:
     dit: str = option("", "checkpoint of stage 2 (OUT/dit.pt)")
     vae: str = option("", "checkpoint of stage 1 (OUT/vae.pt)")
     gpt: str = option("", "checkpoint of a GPT, to write in the place of TextLDM")
-    temperature: float = option(1.0, "of the GPT; 0: greedy", 0)
+    temperature: float = option(1.0, "below 1: likelier tokens (of the GPT, or of a DiT that predicts tokens); 0: the likeliest", 0)
     device: str = option("auto", "cpu, cuda, mps, or auto")
 
 
@@ -148,8 +148,8 @@ def main():
             if options.gpt:
                 new = generate(gpt, some, options.length, eot, options.temperature, seed=options.seed + start)
             else:
-                new = continue_texts(vae, dit, some, options.length, eot, options.steps, options.cfg, options.seed + start,
-                                     trace if options.trace else None)
+                new = continue_texts(vae, dit, some, options.length, eot, options.steps, options.cfg, options.temperature,
+                                     options.seed + start, trace if options.trace else None)
         texts += [(show(ids), eot in ids) for ids in new]
     if options.output:
         write_whole(options.output, "".join(json.dumps(dict(line, text=text, ended=ended), ensure_ascii=False) + "\n"

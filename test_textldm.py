@@ -304,6 +304,16 @@ def test_an_exact_posterior_samples_tokens_as_often_as_they_are():
     assert distance.quantile(0.99) < 0.02 and ((token.bincount() / 4000) - p).abs().max() < 0.02
 
 
+def test_a_low_temperature_points_to_the_likeliest_token_and_leaves_other_velocities(dit):
+    x, segment, t = torch.randn(4, N, C), make_batch().segment, torch.full((4,), 0.5)
+    (v, logits), (cold, same) = dit(x, segment, t), dit(x, segment, t, 0.0)
+    if logits is None:
+        assert torch.equal(v, cold)
+    else:
+        assert torch.equal(logits, same) and not torch.allclose(v, cold)
+        assert torch.allclose(x - 0.5 * cold, dit.latent_of[logits.argmax(-1)], atol=1e-4)
+
+
 def test_latents_of_tokens_are_their_means(vae):
     batches = [make_batch(64, seed=i) for i in range(3)]
     table = train_dit.latents_of_tokens(vae, batches)
@@ -348,7 +358,7 @@ def test_euler_error_halves_when_steps_double():
 
     errors = []
     for steps in (50, 100, 200, 400):
-        times = logit_normal(torch.linspace(1, 0, steps + 1), DiTConfig()).double()
+        times = logit_normal(torch.linspace(1, 0, steps + 1), DiTConfig(t_mean=0.0, t_std=1.5)).double()
         errors.append((euler(velocity, eps, times) - (m + s * eps)).abs().max().item())
     ratios = [a / b for a, b in zip(errors, errors[1:])]
     assert errors[0] < 0.1 and all(1.6 < r < 2.4 for r in ratios), (errors, ratios)
@@ -473,7 +483,7 @@ def test_presets_have_the_papers_sizes(size, millions):
         names = {f.name for f in textldm.fields(config_cls)}
         with torch.device("meta"):
             return cls(config_cls(**{"vocab_size": 10, **{k: v for k, v in preset.items() if k in names}}))
-    dit = make(TextDiT, DiTConfig, {**train_dit.PRESETS[size], "channels": 64})
+    dit = make(TextDiT, DiTConfig, {**train_dit.PRESETS[size], **textldm.PAPER, "channels": 64})
     assert sum(p.numel() for p in dit.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)
     vae = make(TextVAE, VAEConfig, train_vae.PRESETS[size])
     assert sum(p.numel() for t in (vae.encoder, vae.decoder) for p in t.parameters()) / 1e6 == pytest.approx(127, rel=0.02)
@@ -615,6 +625,27 @@ def test_only_beginnings_have_an_empty_context(home):
     assert len(empty) > 20 and set(empty) <= beginnings and not {tuple(row.tolist()) for row in tokens} <= beginnings
 
 
+def test_masked_diffusion_counts_every_token_once_and_draws_what_the_model_says():
+    sys.path.insert(0, str(ROOT / "bench"))
+    from train_masked import MaskedLM, masked_loss, unmask
+    batch, seen = make_batch(rows=400)._replace(segment=(torch.arange(N) >= 3).long().repeat(400, 1)), []
+    net = lambda tokens, masked, segment: seen.append(masked) or torch.zeros(*tokens.shape, V)
+    losses = [masked_loss(net, batch, torch.Generator().manual_seed(i)).item() for i in range(40)]
+    assert np.mean(losses) == pytest.approx(np.log(V), rel=0.03), "a bound: a model that knows nothing is charged log V a token"
+    assert not any((masked & (batch.segment == CONTEXT)).any() for masked in seen)
+    model, p = MaskedLM(TrunkConfig(**SMALL, block_size=N, vocab_size=V)), torch.rand(V) + 1e-3
+    p[EOT] = 0
+    p /= p.sum()
+    model.to_logits.weight.data.zero_()
+    model.to_logits.bias.data = p.log().clamp(min=-99)
+    texts = unmask(model, [[1, 2, 3]] * 1500, 0, EOT, steps=5)
+    assert all(len(text) == N - 3 for text in texts)
+    assert (torch.tensor(texts).flatten().bincount(minlength=V) / (1500 * (N - 3)) - p).abs().max() < 0.02
+    scores = torch.rand(V).log()  # what is not masked is seen: the second half of the target repeats what the model was shown
+    model.forward = lambda tokens, masked, segment: torch.where(masked[..., None], scores, torch.nn.functional.one_hot(tokens, V) * 99.0)
+    assert unmask(model, [[1, 2]], 3, EOT, steps=4, temperature=0.0) == [[scores.argmax().item()] * 3]
+
+
 # ---------------------------------------------------------------------------------------------------------
 # The scripts, and what they make of bad input
 
@@ -689,7 +720,7 @@ def judged(tmp_path_factory):
     lines = [json.loads(line) for line in benchmark.read_text().splitlines()]
     theirs = folder / "theirs.jsonl"
     theirs.write_text("".join(json.dumps(dict(prompt=b["prompt"], text=" the" * len(b["reference"].split()))) + "\n" for b in lines))
-    judge(folder, "--systems=real,other,unigram,prompt,gpt", f"--texts={theirs}")
+    judge(folder, "--systems=real,other,unigram,tokens,prompt,gpt", f"--texts={theirs}")
     return folder, theirs
 
 
@@ -701,7 +732,7 @@ def test_every_floor_is_caught_and_real_text_lies_where_it_must(judged):
     folder, theirs = judged
     report = json.loads((folder / "out/eval.json").read_text())
     systems = report["systems"]
-    real, other, unigram, prompt, gpt, collapsed = systems.values()
+    real, other, unigram, tokens, prompt, gpt, collapsed = systems.values()
     nll, spread = (lambda s: s["nll"][0]), (lambda s: s["entropy"][0])
     assert 1.5 * nll(real) < nll(other) < nll(prompt) < nll(unigram), "what does not follow is improbable; without order, more so"
     assert abs(nll(gpt) - nll(real)) < 0.2 and abs(spread(gpt) - spread(real)) < 0.2, "a trained model is near real text"
@@ -709,6 +740,8 @@ def test_every_floor_is_caught_and_real_text_lies_where_it_must(judged):
     assert abs(spread(unigram) - spread(real)) < 0.5, "what is wrong with it is not its words"
     assert prompt["copied_prompt"] > 80 > 40 > max(s["copied_prompt"] for s in systems.values() if s is not prompt)
     assert unigram["copied_train"] < 0.5 * real["copied_train"]
+    assert tokens["words_known"] < 60 < 99 < min(real["words_known"], unigram["words_known"]) and nll(tokens) > nll(real) + 1
+    assert real["copies"] == 0
     if not isinstance(real["rouge"], str):
         assert real["rouge"][0][0] == 100 > 90 > max(s["rouge"][2][0] for s in systems.values() if s is not real)
         assert other["rouge"][1][0] > 2 * unigram["rouge"][1][0], "pairs of words need an order"

@@ -223,7 +223,7 @@ class VAEConfig(TrunkConfig):
     channels: int = option(16, "C, channels of a latent; the paper's best is 64", 1)
     beta: float = option(1e-3, "weight of the KL divergence (the paper's)", 0)
     beta_warmup: int = option(200, "steps over which beta grows from zero: first learn to write, then to compress", 0)
-    repa: float = option(1.0, "lambda, weight of the alignment (the paper's, but in tiny)", 0)
+    repa: float = option(4.0, "lambda, weight of the alignment (deviation: the paper has 1)", 0)
     repa_latents: bool = option(True, "deviation: REPA aligns the latents' means, not the encoder's features")
     teacher_embd: int = option(0, "width of the teacher (always as it is; 0: none)", 0)
 
@@ -311,8 +311,8 @@ class DiTConfig(TrunkConfig):
     adaln: bool = option(True, "deviation: tell the blocks the time, by adaLN-zero")
     context_drop: float = option(0.1, "share of rows trained without their context, for guidance (the paper's)", 0, 1)
     predict_tokens: bool = option(True, "deviation: predict p(token), from which the velocity follows")
-    t_mean: float = option(0.0, "logit-normal times: mean (the paper's)", -9, 9)
-    t_std: float = option(1.5, "logit-normal times: std (the paper's)", 1e-3, 9)
+    t_mean: float = option(0.8, "logit-normal times: mean (deviation: the paper has 0)", -9, 9)
+    t_std: float = option(1.0, "logit-normal times: std (deviation: the paper has 1.5)", 1e-3, 9)
 
 
 class TextDiT(nn.Module):
@@ -338,9 +338,10 @@ class TextDiT(nn.Module):
         angle = 1000 * t[:, None] * 10000 ** (-torch.arange(half, device=t.device) / half)  # (B, E/2)
         return self.time_mlp(torch.cat((angle.cos(), angle.sin()), dim=-1))     # (B, E)
 
-    def forward(self, x, segment, t):
+    def forward(self, x, segment, t, temperature=1.0):
         """x (B, N, C), clean (or dropped: zero) where segment is CONTEXT, noisy where TARGET; t (B,) -> velocity (B, N, C)
-        and, with `predict_tokens`, logits (B, N, V) of the tokens given all of x, else None."""
+        and, with `predict_tokens`, logits (B, N, V) of the tokens given all of x, else None. A temperature below 1 makes
+        the velocity point to likelier tokens."""
         h = self.from_latent(x) + self.segment_emb((segment == TARGET).long())  # (B, N, E)
         mask = (segment != PADDING)[:, None, None, :] if (segment == PADDING).any() else None  # (B, 1, 1, N)
         h = self.trunk(h, mask, self.time_embedding(t) if self.config.adaln else None)
@@ -350,7 +351,7 @@ class TextDiT(nn.Module):
         # eps - z_0 = (x - z_0) / t, so the best velocity is (x - E[z_0 | x]) / t, and E[z_0 | x] is the sum over tokens of
         # p(token | x) E[z_0 | token, x]. Instead of the latter `latent_of` has E[z_0 | token]: what a latent holds beyond its
         # token (train_dit.py prints how much) is in the context, and in the noisy targets of training, but never in a sample.
-        return (x - output.softmax(-1) @ self.latent_of) / t[:, None, None].clamp(min=1e-4), output
+        return (x - (output / max(temperature, 1e-4)).softmax(-1) @ self.latent_of) / t[:, None, None].clamp(min=1e-4), output
 
 
 # ---- 5. Flow matching [FM]: the loss, and the sampler ----------------------------------------------------
@@ -384,15 +385,15 @@ def flow_loss(dit, vae, batch, config, generator):
     return dict(error=weighted_mean(error, weight == 1), loss=weighted_mean(loss, weight))
 
 
-def guided_velocity(dit, z, t, context, segment, cfg_scale):
+def guided_velocity(dit, z, t, context, segment, cfg_scale, temperature=1.0):
     """v_u + w (v_c - v_u) [CFG] for latents z (B, N, C) at time t; w = 1 is the conditional model, at half the
     cost. context (B, N, C) holds clean latents; what z holds in their places is never looked at."""
     is_target, t = (segment == TARGET)[..., None], t.expand(len(z))             # (B, N, 1), (B,)
     x_c = torch.where(is_target, z, context)                                    # (B, N, C)
     if cfg_scale == 1:
-        return dit(x_c, segment, t)[0]
+        return dit(x_c, segment, t, temperature)[0]
     x_u = torch.where(is_target, z, 0.0)                                        # as with a dropped context
-    v_c, v_u = dit(torch.cat((x_c, x_u)), segment.repeat(2, 1), t.repeat(2))[0].chunk(2)
+    v_c, v_u = dit(torch.cat((x_c, x_u)), segment.repeat(2, 1), t.repeat(2), temperature)[0].chunk(2)
     return v_u + cfg_scale * (v_c - v_u)
 
 
@@ -407,28 +408,37 @@ def euler(velocity, z, times, callback=None):
     return z
 
 
-@torch.no_grad()
-def continue_texts(vae, dit, prompts, length, eot, steps=50, cfg_scale=2.0, seed=0, callback=None):
-    """Continues each prompt (ids, maybe none) by up to `length` tokens, or to the end of a training row. Returns
-    lists of ids, with `eot` where the text ended. callback(t, texts) sees the text that each step points to."""
-    ends = [len(prompt) + length if length else dit.config.block_size for prompt in prompts]
-    B, N, device, generator = len(prompts), max(ends), vae.z_mean.device, torch.Generator().manual_seed(seed)
-    tokens, segment = torch.full((B, N), eot), torch.full((B, N), PADDING)
+def rows_of(prompts, length, block_size, eot):
+    """tokens and segment (B, N) of prompts (lists of ids, maybe empty), each with room for `length` tokens more, or for
+    the rest of a row of block_size where length is 0."""
+    ends = [len(prompt) + length if length else block_size for prompt in prompts]
+    tokens, segment = torch.full((len(prompts), max(ends)), eot), torch.full((len(prompts), max(ends)), PADDING)
     for i, (prompt, end) in enumerate(zip(prompts, ends)):
         tokens[i, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
         segment[i, :end] = TARGET
         segment[i, : len(prompt)] = CONTEXT
+    return tokens, segment
+
+
+def texts_of(tokens, segment, eot):
+    """The targets of tokens (B, N), up to and with their end-of-text, as lists of ids."""
+    rows = [row[s == TARGET].tolist() for row, s in zip(tokens, segment)]
+    return [row[: row.index(eot) + 1] if eot in row else row for row in rows]
+
+
+@torch.no_grad()
+def continue_texts(vae, dit, prompts, length, eot, steps=50, cfg_scale=2.0, temperature=1.0, seed=0, callback=None):
+    """Continues each prompt (ids, maybe none) by up to `length` tokens, or to the end of a training row. Returns
+    lists of ids, with `eot` where the text ended. callback(t, texts) sees the text that each step points to."""
+    tokens, segment = rows_of(prompts, length, dit.config.block_size, eot)     # (B, N) each
+    (B, N), generator = tokens.shape, torch.Generator().manual_seed(seed)
     # noise of whole rows, from the CPU: the same on any device and beside neighbours of any length
     z = torch.randn(B, max(N, dit.config.block_size), vae.config.channels, generator=generator)[:, :N]  # (B, N, C)
-    tokens, segment, z = tokens.to(device), segment.to(device), z.to(device)
-
-    def texts(z):
-        rows = [row[s == TARGET].tolist() for row, s in zip(vae.read(z, segment), segment)]
-        return [row[: row.index(eot) + 1] if eot in row else row for row in rows]
-
+    tokens, segment, z = (x.to(vae.z_mean.device) for x in (tokens, segment, z))
+    texts = lambda z: texts_of(vae.read(z, segment), segment, eot)
     context = vae.latents(tokens, segment)                                      # (B, N, C)
-    times = logit_normal(torch.linspace(1, 0, steps + 1), dit.config).to(device)
-    velocity = lambda z, t: guided_velocity(dit, z, t, context, segment, cfg_scale)
+    times = logit_normal(torch.linspace(1, 0, steps + 1), dit.config).to(z.device)
+    velocity = lambda z, t: guided_velocity(dit, z, t, context, segment, cfg_scale, temperature)
     return texts(euler(velocity, z, times, callback and (lambda t, z, z_0: callback(float(t), texts(z_0)))))
 
 
@@ -524,7 +534,7 @@ class TrainConfig:
     batch_size: int = option(192, "rows in a micro-batch", 1)
     accumulate: int = option(1, "micro-batches in a step", 1)
     max_steps: int = option(500, "optimiser steps", 1)
-    learning_rate: float = option(4e-3 if hasattr(torch.optim, "Muon") else 1e-3, "at its peak; AdamW alone wants less", 0)
+    learning_rate: float = option(0.0, "at its peak; 0: 4e-3 with Muon, 1e-3 without", 0)
     warmup: int = option(100, "steps of linear warm-up, before a cosine down to a tenth", 0)
     weight_decay: float = option(0.01, "on matrices only (the paper's)", 0)
     muon: bool = option(hasattr(torch.optim, "Muon"), "deviation: Muon for blocks' matrices (torch 2.9 on)", 0, hasattr(torch.optim, "Muon"))
@@ -534,10 +544,14 @@ class TrainConfig:
     compile: bool = option(False, "torch.compile: a slow start, then faster")
 
 
-def paper(n_layer, n_head, n_embd, max_steps=200_000, **more):
+# --recipe=paper: the paper's choice wherever an option's default is a `deviation:`
+PAPER = dict(repa=1.0, repa_latents=False, adaln=False, predict_tokens=False, t_mean=0.0, t_std=1.5, muon=False)
+
+
+def at_scale(n_layer, n_head, n_embd, max_steps=200_000, **more):
     """A preset of the paper's scale; the scripts have those of their stages, and `tiny`, for CPUs."""
     return dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, max_steps=max_steps, block_size=1024, batch_size=16,
-                accumulate=48, learning_rate=1e-4, warmup=2000, eval_interval=2000, muon=False, **more)
+                accumulate=48, learning_rate=1e-4, warmup=2000, eval_interval=2000, **more)
 
 
 def command_line(description, *types, presets=None):
@@ -546,13 +560,15 @@ def command_line(description, *types, presets=None):
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     if presets:
         parser.add_argument("--preset", choices=presets, default="tiny", help="sizes and schedule (tiny)")
+        parser.add_argument("--recipe", choices=("ours", "paper"), default="ours", help="paper: without our deviations (ours)")
     options, tiny = {f.name: f for t in types for f in fields(t)}, (presets or {}).get("tiny", {})
     for name, f in options.items():
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
         parser.add_argument(f"--{name}", help=f"{f.metadata['help']} ({tiny.get(name, f.default)})".replace("%", "%%"),
                             default=argparse.SUPPRESS, **kind)
     given = vars(parser.parse_args())
-    values = {**(presets or {}).get(given.pop("preset", None), {}), **given}
+    values = (presets or {}).get(given.pop("preset", None), {}) | (PAPER if given.pop("recipe", None) == "paper" else {}) | given
+    values = {k: v for k, v in values.items() if k in options}
     for name, value in values.items():
         low, high = options[name].metadata["low"], options[name].metadata["high"]
         if not (low is None or value >= low) or not (high is None or value <= high):
@@ -635,6 +651,7 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, cut_words=True, ema=Fals
     parts = dict(model=model, average=average, **{type(o).__name__: o for o in optimizers})
     same = {k: getattr(cfg, k) for k in ("seed", "batch_size", "accumulate", "warmup", "weight_decay", "muon")}
     identity = dict(kind=stage, config=asdict(model.config), tokenizer=corpus.tokenizer, train=same, **extra)
+    peak = cfg.learning_rate or (4e-3 if cfg.muon else 1e-3)
     step, best, last = 0, math.inf, out / f"{stage}_last.pt"
     if cfg.resume:
         state = load_checkpoint(last, stage, "start without --resume", corpus.tokenizer)
@@ -651,7 +668,7 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, cut_words=True, ema=Fals
     with open(out / f"{stage}.jsonl", "a" if cfg.resume else "w") as log, bar:
         while step < cfg.max_steps:
             done = max(step - cfg.warmup, 0) / max(cfg.max_steps - cfg.warmup, 1)
-            lr = cfg.learning_rate * min((step + 1) / max(cfg.warmup, 1), 1) * (0.55 + 0.45 * math.cos(math.pi * done))
+            lr = peak * min((step + 1) / max(cfg.warmup, 1), 1) * (0.55 + 0.45 * math.cos(math.pi * done))
             for micro in range(cfg.accumulate):
                 # everything random in a micro-batch comes from its own seed: there is no state to save
                 rng = np.random.default_rng((cfg.seed, step, micro))

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from textldm import (CONTEXT, TARGET, Corpus, DiTConfig, TextDiT, TextVAE, TrainConfig, UserError, VAEConfig, command_line,
-                     continue_texts, denoising_loss, flow_loss, load_checkpoint, model_from, option, paper, pick_device, rotate,
-                     run, train, weighted_mean)
+from textldm import (CONTEXT, TARGET, Corpus, DiTConfig, TextDiT, TextVAE, TrainConfig, UserError, VAEConfig, at_scale,
+                     command_line, continue_texts, denoising_loss, flow_loss, load_checkpoint, model_from, option, pick_device,
+                     rotate, run, train, weighted_mean)
 
 # unspecified: depth and width, chosen to match the paper's 114M, 328M and 768M parameters
-PRESETS = {k: paper(*size, max_steps=1_000_000, adaln=False, predict_tokens=False) for k, size in dict(
-    small=(16, 12, 768), medium=(26, 16, 1024), large=(27, 24, 1536)).items()} | dict(
-    tiny=dict(max_steps=2400, eval_interval=800, t_mean=0.8, t_std=1.0))
+PRESETS = dict(tiny=dict(max_steps=2400, eval_interval=800)) | {k: at_scale(*size, max_steps=1_000_000) for k, size in dict(
+    small=(16, 12, 768), medium=(26, 16, 1024), large=(27, 24, 1536)).items()}
 
 
 @dataclass

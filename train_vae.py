@@ -11,14 +11,12 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from textldm import (GPT, Corpus, TextVAE, TrainConfig, UserError, VAEConfig, command_line, option, paper, pick_device, run,
+from textldm import (GPT, Corpus, TextVAE, TrainConfig, UserError, VAEConfig, at_scale, command_line, option, pick_device, run,
                      teacher_features, train)
 
 # The paper has one VAE for all sizes of DiT. `tiny` learns slowly on purpose: a VAE that was trained harder reconstructed and
-# aligned no worse, and the DiT (of then: velocities, REPA on the features) made worse text of its latents. repa: with the paper's 1
-# the DiT's text is worse by 0.7 nats a token, and reconstruction better by 0.1 points (bench/EXPERIMENTS.md).
-PRESETS = dict.fromkeys(("small", "medium", "large"), paper(9, 12, 768, channels=64, beta_warmup=10_000, repa_latents=False)) | dict(
-    tiny=dict(learning_rate=1e-3, muon=False, repa=4.0))
+# aligned no worse, and the DiT (of then: velocities, REPA on the features) made worse text of its latents (bench/EXPERIMENTS.md).
+PRESETS = dict.fromkeys(("small", "medium", "large"), at_scale(9, 12, 768, channels=64, beta_warmup=10_000)) | dict(tiny=dict(muon=False))
 
 
 @dataclass

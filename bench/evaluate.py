@@ -10,10 +10,11 @@ to the end of text. No one number tells: NLL and entropy must both be those of r
 is collapse), NLL says fluent and not relevant, and ROUGE rewards frequent words. So the table holds
     real      the references             MAUVE is between disjoint halves, so it is the ceiling
     other     references of other prompts: fluent, unrelated
-    unigram   words of the training text, drawn independently: no order
+    unigram   words of the training text, drawn independently: no order; `tokens`: the same of its tokens
     prompt    the prompt once more
-    gpt       the autoregressive baseline            textldm   ours; KIND:PATH names another checkpoint (folder)
-and LABEL=KIND:PATH gives a row a name. Knobs (guidance, steps; temperature, nucleus) are chosen on one half of the prompts, to be
+    gpt       the autoregressive baseline            masked    masked diffusion, on the same blocks
+    textldm   ours
+KIND:PATH names another checkpoint (of textldm: folder), and LABEL=KIND:PATH gives a row a name. Knobs (guidance, steps, temperature, nucleus) are chosen on one half of the prompts, to be
 nearest to real text in NLL and entropy, and reported on the other; the sweep, on that other half, is the frontier.
 Writes OUT/eval.json (everything), OUT/eval.md (the tables) and OUT/frontier.png.
 """
@@ -22,6 +23,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -34,10 +36,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # BERTScore is computed where its weights are, and never fetches them
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parents[k]) for k in (0, 1)]
 from sample import SampleConfig, fit, generate, load_models, read_lines, write_whole
-from textldm import (GPT, Corpus, UserError, command_line, continue_texts, cross_entropy, load_encoding, option, pick_device,
-                     run)
+from textldm import (GPT, Corpus, TrunkConfig, UserError, command_line, continue_texts, cross_entropy, load_checkpoint,
+                     load_encoding, model_from, option, pick_device, run)
+from train_masked import MaskedLM, unmask
 
 
 @dataclass
@@ -52,7 +55,7 @@ class EvalConfig:
     evaluator: str = option("", "GPT that scores: a checkpoint (OUT/evaluator/gpt.pt), gpt2-large, or a Hugging Face folder")
     cfg: str = option("1,1.5,2,3,5", "guidance scales to choose from")
     steps: str = option("20,50", "Euler steps to choose from")
-    temperature: str = option("0.7,0.85,1", "temperatures of the GPT to choose from")
+    temperature: str = option("0.7,0.85,1", "temperatures to choose from")
     top_p: str = option("0.9,1", "nuclei of the GPT to choose from")
     clusters: int = option(50, "of MAUVE; only equal ones compare", 2)
     batch_size: int = option(250, "prompts at once", 1)
@@ -113,6 +116,15 @@ def make_system(kind, path, options, corpus, device):
         return [{}], lambda lines, knob, seed: ([(b["next"], True) for b in lines], 0)
     if kind == "prompt":
         return [{}], lambda lines, knob, seed: ([(" " + b["prompt"], True) for b in lines], 0)
+    if kind == "tokens":
+        p = np.bincount(Corpus(options.data, "train", 2).tokens, minlength=corpus.meta["vocab_size"]).astype(float)
+        p[eot] = 0
+
+        def write(lines, knob, seed):  # as many tokens as another prompt's reference has
+            rng = np.random.default_rng(seed)
+            sizes = [len(encoding.encode_ordinary(b["next"])) for b in lines]
+            return decode([rng.choice(len(p), n, p=p / p.sum()).tolist() + [eot] for n in sizes]), 0
+        return [{}], write
     if kind == "unigram":
         train = Corpus(options.data, "train", corpus.N)
         rows = train.batch(np.random.default_rng(0), 500 if train.is_stream else 20_000, train.N, cut_words=False).tokens
@@ -154,10 +166,21 @@ def make_system(kind, path, options, corpus, device):
 
         def write(lines, knob, seed):
             steps, scale = int(knob["steps"]), knob["cfg"]
-            rows = continue_texts(vae, dit, [b["ids"] for b in lines], 0, eot, steps, scale, seed)
+            rows = continue_texts(vae, dit, [b["ids"] for b in lines], 0, eot, steps, scale, knob.get("temperature", 1.0), seed)
             return decode(rows), steps * (1 if scale == 1 else 2)
-        return [dict(steps=s, cfg=w) for s in numbers("steps") for w in numbers("cfg")], write
-    raise UserError(f"--systems: there is no kind {kind!r}; real, other, unigram, prompt, gpt, textldm or texts")
+        knobs = [dict(steps=s, cfg=w) for s in numbers("steps") for w in numbers("cfg")]
+        return [dict(k, temperature=t) for k in knobs for t in numbers("temperature")] if dit.config.predict_tokens else knobs, write
+    if kind == "masked":
+        path = path or f"{options.out}/masked.pt"
+        state = load_checkpoint(path, "masked", "python bench/train_masked.py makes one", corpus.tokenizer)
+        model = model_from(MaskedLM, TrunkConfig, state).to(device)
+        corpus.N = min(corpus.N, model.config.block_size)
+
+        def write(lines, knob, seed):
+            rows = unmask(model, [b["ids"] for b in lines], 0, eot, int(knob["steps"]), knob["temperature"], seed)
+            return decode(rows), int(knob["steps"])
+        return [dict(steps=s, temperature=t) for s in numbers("steps") for t in numbers("temperature")], write
+    raise UserError(f"--systems: there is no kind {kind!r}; real, other, unigram, tokens, prompt, gpt, masked, textldm or texts")
 
 
 def check_tokenizer(path, tokenizer, corpus):
@@ -319,6 +342,16 @@ def copied(texts, prompts, corpus):
     return 100 * own.mean(), 100 * seen.mean()
 
 
+def known(texts, prompts, corpus):
+    """Percent of the words of the texts (also those that begin in the prompt) that are words of the training text, and of the
+    texts which with their prompts are training documents."""
+    documents = corpus.encoding.decode(Corpus(corpus.path.parent, "train", 2).tokens[: 2**24].tolist()).split("<|endoftext|>")
+    vocabulary, documents = set(re.findall(r"\w+", " ".join(documents))), set(documents)
+    words = [m[0] for p, t in zip(prompts, texts) for m in re.finditer(r"\w+", p + t) if m.end() > len(p)]
+    return (100 * float(np.mean([w in vocabulary for w in words])) if words else float("nan"),
+            100 * float(np.mean([p + t in documents for p, t in zip(prompts, texts)])))
+
+
 def interval(values, rng, weights=None, repeats=1000):
     """Mean of values (n,), or their sum over that of weights, and half the width of its bootstrap 95% interval."""
     weights = np.ones(len(values)) if weights is None else weights
@@ -335,12 +368,16 @@ def choose(points, real):
     return min(points, key=lambda p: away(p) if math.isfinite(away(p)) else 1e9)
 
 
+def running(knob):
+    return "temperature" if "temperature" in knob else "cfg"
+
+
 def curves_of(points):
-    """The curves of a sweep: of points that differ in guidance or temperature alone, in order of entropy."""
+    """The curves of a sweep: of points that differ in temperature alone (or guidance, where there is none), in order of entropy."""
     curves = {}
     for p in points:
         if math.isfinite(p["entropy"]):
-            curves.setdefault(tuple(f"{k} {v:g}" for k, v in p["knob"].items() if k not in ("cfg", "temperature")), []).append(p)
+            curves.setdefault(tuple(f"{k} {v:g}" for k, v in p["knob"].items() if k != running(p["knob"])), []).append(p)
     return {" ".join(name): sorted(c, key=lambda p: p["entropy"]) for name, c in curves.items()}
 
 
@@ -375,20 +412,20 @@ def tables(result, ours):
                f"{setting['evaluator']}, {setting['clusters']} clusters; entropy of {setting['count']} tokens. ± is half of a 95% interval. "
                f"Seconds are for {setting['n']} prompts.\n")
     head = ["", "knobs", "NLL/token", "NLL/byte", "entropy", "distinct-2", "MAUVE", "R-1", "R-2", "R-L", "BERTScore", "4-grams of prompt",
-            "of training", "tokens", "ended", "NFE", "seconds"]
+            "of training", "words known", "copies", "tokens", "ended", "NFE", "seconds"]
     out += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, r in result["systems"].items():
         rouges = [r["rouge"]] * 3 if isinstance(r["rouge"], str) else [cell(x) for x in r["rouge"]]
         row = [name, " ".join(f"{k} {v:g}" for k, v in r["knob"].items()), cell(r["nll"], 2), cell(r["nll_byte"], 2), cell(r["entropy"], 2),
                cell(r["distinct_2"]), cell(r["mauve"]), *rouges, cell(r["bertscore"]), f"{r['copied_prompt']:.1f}%", f"{r['copied_train']:.1f}%",
-               cell(r["tokens"]), f"{100 * r['ended']:.0f}%", f"{r['evaluations']:.0f}", cell(r["seconds"])]
+               f"{r['words_known']:.1f}%", f"{r['copies']:.1f}%", cell(r["tokens"]), f"{100 * r['ended']:.0f}%", f"{r['evaluations']:.0f}", cell(r["seconds"])]
         out.append("| " + " | ".join(row) + " |")
     if result["frontier"]:
         real = result["real"]
         out += ["", f"Frontier: NLL a token at the entropy of real text (which has {real['nll']:.2f} at {real['entropy']:.2f}), and its perplexity as a multiple of the "
                 "first GPT's. Then how much more NLL a token, and (ROUGE-1), a row has than a column, at the chosen knobs, paired by prompt:", "",
                 "| | NLL there | perplexity | " + " | ".join(f"than {b}" for b in ours) + " |", "|---|---|---|" + "---|" * len(ours)]
-        base = next((there for a, there in result["nll_at_real_entropy"].items() if "temperature" in result["systems"][a]["knob"]), None)
+        base = next((there for a, there in result["nll_at_real_entropy"].items() if "top_p" in result["systems"][a]["knob"]), None)
         for a, there in result["nll_at_real_entropy"].items():
             pairs = [result["differences"][a].get(b, {}) for b in ours]
             cells = [cell(d["nll"], 2) + f" ({cell(d['rouge_1'])})" * ("rouge_1" in d) if d else "" for d in pairs]
@@ -410,7 +447,7 @@ def draw_frontier(path, frontier, real):
         for knob, curve in curves_of(points).items():
             plt.plot([p["entropy"] for p in curve], [p["nll"] for p in curve], "o-", label=f"{name}, {knob}")
             for p in curve:
-                plt.annotate(f"{p['knob'].get('cfg', p['knob'].get('temperature')):g}", (p["entropy"], p["nll"]), fontsize=6)
+                plt.annotate(f"{p['knob'][running(p['knob'])]:g}", (p["entropy"], p["nll"]), fontsize=6)
     plt.plot(real["entropy"], real["nll"], "k*", markersize=14, label="real text")
     plt.xlabel("unigram entropy at equal token count, nats")
     plt.ylabel("generative NLL, nats a token")
@@ -487,7 +524,8 @@ def main():
         nll, tokens = m["nll"][reporting], m["tokens"][reporting]
         size = np.array([len(t.encode("utf-8", "replace")) for t in texts])
         scores, bert = rouge(texts, truth["texts"][reporting]), bert_score(texts, truth["texts"][reporting])
-        own, train = copied(texts, [b["prompt"] for b in lines[reporting]], corpus)
+        prompts = [b["prompt"] for b in lines[reporting]]
+        (own, train), (words_known, copies) = copied(texts, prompts, corpus), known(texts, prompts, corpus)
         report[name] = dict(
             knob=knobs[best], nll=interval(nll, rng, tokens), nll_byte=interval(nll, rng, size),
             entropy=at_equal_count(entropy, m["words"][reporting], count["words"], rng),
@@ -495,6 +533,7 @@ def main():
             mauve=mauve(truth["features"][choosing], m["features"][reporting], clusters, rng),
             rouge=scores if isinstance(scores, str) else [interval(scores[:, k], rng) for k in range(3)],
             bertscore=bert if isinstance(bert, str) else interval(bert, rng), copied_prompt=own, copied_train=train,
+            words_known=words_known, copies=copies,
             tokens=float(tokens.mean()), ended=float(np.mean(m["ended"][reporting])), evaluations=float(m["nfe"]), seconds=m["seconds"])
         per_text[name] = dict(texts=texts, nll=nll.tolist(), tokens=tokens.tolist(),
                               rouge_1=scores if isinstance(scores, str) else scores[:, 0].tolist())

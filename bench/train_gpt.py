@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from textldm import (GPT, Corpus, TrainConfig, TrunkConfig, command_line, cross_entropy, paper, pick_device, run, train,
+from textldm import (GPT, Corpus, TrainConfig, TrunkConfig, at_scale, command_line, cross_entropy, pick_device, run, train,
                      weighted_mean)
 
-PRESETS = dict(tiny={}, small=paper(12, 12, 768), medium=paper(24, 16, 1024), large=paper(36, 20, 1280))  # GPT-2's
+PRESETS = dict(tiny={}, small=at_scale(12, 12, 768), medium=at_scale(24, 16, 1024), large=at_scale(36, 20, 1280))  # GPT-2's
 
 
 def main():
