@@ -265,7 +265,7 @@ class TextVAE(nn.Module):
         `to_posterior` is then free to discard what was aligned. deviation: the teacher's are standardised first; a few huge,
         nearly constant dimensions give any two positions of GPT-2 a cosine of about two thirds."""
         target = (features.float() - self.teacher_mean) / self.teacher_std      # (B, N, E_teacher)
-        return F.cosine_similarity(self.to_teacher(student).float(), target, dim=-1)
+        return F.cosine_similarity(self.to_teacher(student).float(), target.detach(), dim=-1)
 
     def forward(self, batch, features=None, beta=None, generator=None):
         """L = CE + beta KL + lambda L_REPA (Eq. 1-3 of [TextLDM]), L_REPA = -mean cos. Returns a dict of

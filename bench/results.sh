@@ -42,9 +42,9 @@ echo "two seeds are being trained: tail -f $out/seed1.log"
 wait ${pids[1]} && wait ${pids[2]} || { echo "error: a stage failed, see $out/seed1.log and $out/seed2.log" >&2; exit 1; }
 unset OMP_NUM_THREADS
 
-systems=real,other,unigram,prompt
+systems=real,other,unigram,tokens,prompt
 for s in 1 2; do
     systems+=",gpt $s=gpt:$out/s$s/gpt.pt,gpt tokens $s=gpt:$out/tokens$s/gpt.pt,gpt seconds $s=gpt:$out/seconds$s/gpt.pt"
     systems+=",textldm $s=textldm:$out/s$s,no repa $s=textldm:$out/norepa$s"
 done
-python bench/evaluate.py --data=$data --out=$out --n=$n --cfg=1,2,3,5 --steps=50 --systems="$systems"
+python bench/evaluate.py --data=$data --out=$out --n=$n --cfg=1,2,3 --temperature=0.5,0.7,1 --steps=50 --systems="$systems"
