@@ -3,10 +3,10 @@
     python train_dit.py                                         # the embedded names, after train_vae.py
     python train_dit.py --data=data/owt2 --preset=small --out=out/owt2
 
-Watch the table by t. `loss` is what training minimises (nats a token, or the velocity's squared error), here over counted tokens with no
-context dropped; its mean over the nine t chooses the best checkpoint. `shuffled` is the same when the contexts are the beginnings of other
-rows: equal to loss as long as the DiT makes nothing of its context. `predicted` is the share of tokens that decode right from the DiT's estimate of the clean latents, `noisy` from the rescaled
-noisy ones, z_t / (1 - t).
+Watch the table by t. `loss` is what training minimises (nats a token, or the velocity's squared error), here over counted
+tokens with no context dropped; its mean over the nine t chooses the best checkpoint. `shuffled` is the same when the contexts
+are the beginnings of other rows: equal to loss as long as the DiT makes nothing of its context. `predicted` is the share of
+tokens that decode right from the DiT's estimate of the clean latents, `noisy` from the rescaled noisy ones, z_t / (1 - t).
 """
 
 from dataclasses import dataclass

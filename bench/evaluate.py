@@ -342,11 +342,15 @@ def copied(texts, prompts, corpus):
     return 100 * own.mean(), 100 * seen.mean()
 
 
-def known(texts, prompts, corpus):
+def training_text(corpus):
+    """The words and the documents of the training text (of its first 16 million tokens), two sets."""
+    documents = corpus.encoding.decode(Corpus(corpus.path.parent, "train", 2).tokens[: 2**24].tolist()).split("<|endoftext|>")
+    return set(re.findall(r"\w+", " ".join(documents))), set(documents)
+
+
+def known(texts, prompts, vocabulary, documents):
     """Percent of the words of the texts (also those that begin in the prompt) that are words of the training text, and of the
     texts which with their prompts are training documents."""
-    documents = corpus.encoding.decode(Corpus(corpus.path.parent, "train", 2).tokens[: 2**24].tolist()).split("<|endoftext|>")
-    vocabulary, documents = set(re.findall(r"\w+", " ".join(documents))), set(documents)
     words = [m[0] for p, t in zip(prompts, texts) for m in re.finditer(r"\w+", p + t) if m.end() > len(p)]
     return (100 * float(np.mean([w in vocabulary for w in words])) if words else float("nan"),
             100 * float(np.mean([p + t in documents for p, t in zip(prompts, texts)])))
@@ -510,7 +514,7 @@ def main():
         return dict(nll=float(m["nll"][part].sum() / max(m["tokens"][part].sum(), 1)),
                     entropy=at_equal_count(entropy, m["words"][part], count["words"], rng)[0])
 
-    report, frontier, per_text = {}, {}, {}
+    report, frontier, per_text, training = {}, {}, {}, training_text(corpus)
     bar = tqdm(total=sum(len(knobs) for knobs, _ in systems.values()), desc="evaluate")
     for name, (knobs, write) in systems.items():
         tried = []
@@ -525,7 +529,7 @@ def main():
         size = np.array([len(t.encode("utf-8", "replace")) for t in texts])
         scores, bert = rouge(texts, truth["texts"][reporting]), bert_score(texts, truth["texts"][reporting])
         prompts = [b["prompt"] for b in lines[reporting]]
-        (own, train), (words_known, copies) = copied(texts, prompts, corpus), known(texts, prompts, corpus)
+        (own, train), (words_known, copies) = copied(texts, prompts, corpus), known(texts, prompts, *training)
         report[name] = dict(
             knob=knobs[best], nll=interval(nll, rng, tokens), nll_byte=interval(nll, rng, size),
             entropy=at_equal_count(entropy, m["words"][reporting], count["words"], rng),

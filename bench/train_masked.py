@@ -15,11 +15,9 @@ import torch.nn as nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from textldm import (PADDING, TARGET, Corpus, TrainConfig, Trunk, TrunkConfig, at_scale, command_line, cross_entropy,
+from textldm import (PADDING, TARGET, Corpus, TrainConfig, Trunk, TrunkConfig, command_line, cross_entropy,
                      init_weights, pick_device, rows_of, run, texts_of, train, weighted_mean)
-
-PRESETS = dict(tiny=dict(max_steps=2400, eval_interval=800)) | {k: at_scale(*size, max_steps=1_000_000) for k, size in dict(
-    small=(16, 12, 768), medium=(26, 16, 1024), large=(27, 24, 1536)).items()}  # the DiT's trunks
+from train_dit import PRESETS  # the same trunks and schedules
 
 
 class MaskedLM(Trunk):
