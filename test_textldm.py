@@ -21,7 +21,7 @@ import train_dit
 import train_vae
 from sample import generate
 from textldm import (CONTEXT, GPT, PADDING, TARGET, Batch, Corpus, DiTConfig, TextDiT, TextVAE, TrunkConfig, UserError, VAEConfig,
-                     continue_texts, denoising_loss, euler, flow_loss, guided_velocity, load_checkpoint, logit_normal, save_checkpoint,
+                     continue_texts, denoising_loss, euler, flow_loss, guided_estimate, load_checkpoint, logit_normal, save_checkpoint,
                      teacher_features)
 
 ROOT = Path(__file__).parent
@@ -126,14 +126,13 @@ def test_one_masked_pass_equals_two_separate_ones(vae):
 def test_dit_target_sees_context_and_context_is_clean(dit):
     _, segment, _ = make_batch()
     x = torch.randn(4, N, C, requires_grad=True)
-    v, _ = dit(x, segment, torch.full((4,), 0.5))
-    grad, = torch.autograd.grad(v[segment == TARGET].sum(), x)
+    output = dit(x, segment, torch.full((4,), 0.5))
+    grad, = torch.autograd.grad(output[segment == TARGET].sum(), x)
     assert (grad[segment == CONTEXT] != 0).any(-1).all()
-    noised = {}  # what the DiT is given: context untouched at any t, target noised
     z_0, eps, t = torch.randn(4, N, C), torch.randn(4, N, C), torch.full((4,), 0.7)
-    denoising_loss(lambda x, s, t: noised.update(x=x) or (x, None), z_0, None, segment, t, eps)
-    assert torch.equal(noised["x"][segment == CONTEXT], z_0[segment == CONTEXT])
-    assert torch.allclose(noised["x"][segment == TARGET], (0.3 * z_0 + 0.7 * eps)[segment == TARGET])
+    _, _, given = denoising_loss(dit, z_0, make_batch().tokens, segment, t, eps)  # context untouched at any t, target noised
+    assert torch.equal(given[segment == CONTEXT], z_0[segment == CONTEXT])
+    assert torch.allclose(given[segment == TARGET], (0.3 * z_0 + 0.7 * eps)[segment == TARGET])
 
 
 def test_a_dropped_context_is_not_seen(dit):
@@ -141,7 +140,7 @@ def test_a_dropped_context_is_not_seen(dit):
     eps, t, drop = torch.randn(4, N, C), torch.full((4,), 0.6), torch.tensor([True, True, False, False])
     z_0 = torch.randn(4, N, C)
     other = torch.where((segment == CONTEXT)[..., None], torch.randn(4, N, C), z_0)
-    a, b = (denoising_loss(dit, z, tokens, segment, t, eps, drop)[0] for z in (z_0, other))
+    a, b = (denoising_loss(dit, z, tokens, segment, t, eps, drop, with_guess=4)[0] for z in (z_0, other))
     same = [torch.equal(x[s == TARGET], y[s == TARGET]) for x, y, s in zip(a, b, segment)]
     assert same == [True, True, False, False]
 
@@ -157,7 +156,7 @@ def test_padding_changes_no_number(vae, dit):
     eps, t = torch.randn(4, N + pad, C), torch.rand(4)
     z = vae.latents(*padded[:2])
     assert torch.allclose(z[:, :N], vae.latents(*batch[:2]), atol=1e-5)
-    for x, y in zip(denoising_loss(dit, z, *padded[:2], t, eps), denoising_loss(dit, z[:, :N], *batch[:2], t, eps[:, :N])):
+    for x, y in zip(denoising_loss(dit, z, *padded[:2], t, eps, with_guess=2), denoising_loss(dit, z[:, :N], *batch[:2], t, eps[:, :N], with_guess=2)):
         assert torch.allclose(x[:, :N], y, rtol=1e-4, atol=1e-5)
     means = []
     for b in (batch, padded):
@@ -247,22 +246,37 @@ def test_an_untrained_dit_predicts_zero(vae):
     assert torch.allclose(loss, (eps - z_0).square().mean(-1))
 
 
-def test_an_exact_velocity_has_no_loss_and_gives_back_the_data():
+def test_an_exact_velocity_has_no_loss_and_its_estimate_is_the_data(dit):
+    if dit.config.predict_tokens:
+        return
     z_0, eps, segment = torch.randn(4, N, C), torch.randn(4, N, C), torch.full((4, N), TARGET)
     t = torch.tensor([0.1, 0.5, 0.9, 1.0])
-    loss, error, guess = denoising_loss(lambda x, s, t: ((x - z_0) / t[:, None, None], None), z_0, None, segment, t, eps)
-    assert loss.max() < 1e-8 and torch.equal(loss, error) and torch.allclose(guess, z_0, atol=1e-5)
+    dit.forward = lambda x, s, t, guess: (x - z_0) / t[:, None, None]
+    loss, output, x = denoising_loss(dit, z_0, None, segment, t, eps)
+    assert loss.max() < 1e-8 and torch.allclose(dit.estimate(output, x, t), z_0, atol=1e-5)
+
+
+def test_self_conditioning_tells_some_rows_what_a_first_pass_estimated_of_the_targets(dit):
+    tokens, segment, _ = make_batch()
+    z_0, eps, t, forward, guesses = torch.randn(4, N, C), torch.randn(4, N, C), torch.rand(4), dit.forward, []
+    dit.forward = lambda x, segment, t, guess=None: guesses.append(guess) or forward(x, segment, t, guess)
+    loss, output, x = denoising_loss(dit, z_0, tokens, segment, t, eps, with_guess=2)
+    first, guess = guesses
+    assert first is None and not guess[2:].any() and not guess.requires_grad
+    assert torch.allclose(guess[:2], dit.estimate(forward(x, segment, t), x, t)[:2], atol=1e-5)
+    assert not torch.allclose(forward(x, segment, t)[:2], output[:2], atol=1e-3)
+    elsewhere = torch.where((segment == CONTEXT)[..., None], guess + 1, guess)  # there an estimate means nothing
+    assert torch.equal(forward(x, segment, t, elsewhere), output)
 
 
 def test_flow_loss_learns_from_targets_alone(vae, dit):
-    """The gradient does not depend on what is asked of context positions; the report leaves out the tail."""
+    """The gradient does not depend on what is asked of context positions."""
     batch = make_batch()
     loss = flow_loss(dit, vae, batch, dit.config, torch.Generator().manual_seed(0))
     all_context = batch._replace(weight=torch.where(batch.segment == CONTEXT, 100.0, batch.weight))
     assert torch.equal(flow_loss(dit, vae, all_context, dit.config, torch.Generator().manual_seed(0))["loss"], loss["loss"])
-    no_tail = batch._replace(weight=(batch.weight == 1).float())
-    without = flow_loss(dit, vae, no_tail, dit.config, torch.Generator().manual_seed(0))
-    assert without["error"] == loss["error"] and (dit.config.predict_tokens or without["loss"].item() == pytest.approx(loss["error"].item()))
+    more_tail = batch._replace(weight=torch.where((batch.segment == TARGET) & (batch.weight < 1), 1.0, batch.weight))
+    assert not torch.equal(flow_loss(dit, vae, more_tail, dit.config, torch.Generator().manual_seed(0))["loss"], loss["loss"])
 
 
 def test_filling_in_hands_over_some_targets_and_leaks_none_of_the_others(vae):
@@ -282,23 +296,25 @@ def test_filling_in_hands_over_some_targets_and_leaks_none_of_the_others(vae):
 def test_a_posterior_learns_the_cross_entropy_of_targets(vae):
     batch, seen = make_batch(), []
     dit = randomise(TextDiT(DiTConfig(**SMALL, vocab_size=V, channels=C)), scale=0.1)
-    loss = flow_loss(lambda *x: seen.append(dit(*x)) or seen[-1], vae, batch, dit.config, torch.Generator().manual_seed(0))
+    forward = dit.forward
+    dit.forward = lambda *x: seen.append(forward(*x)) or seen[-1]
+    loss = flow_loss(dit, vae, batch, dit.config, torch.Generator().manual_seed(0))
     weight = batch.weight * (batch.segment == TARGET)
-    nll = -seen[0][1].log_softmax(-1).gather(-1, batch.tokens[..., None])[..., 0]
+    nll = -seen[-1].log_softmax(-1).gather(-1, batch.tokens[..., None])[..., 0]
     assert loss["loss"].item() == pytest.approx(((nll * weight).sum() / weight.sum()).item(), rel=1e-5)
 
 
 def test_an_exact_posterior_samples_tokens_as_often_as_they_are():
     """Data: one of three tokens at each position, independently. With the true p(token | z_t) the flow ends on their latents."""
     p = torch.tensor([0.6, 0.3, 0.1])
-    dit = TextDiT(DiTConfig(**SMALL, vocab_size=3, channels=2, adaln=False))
+    dit = TextDiT(DiTConfig(**SMALL, vocab_size=3, channels=2, adaln=False, self_condition=False))
     dit.latent_of.copy_(torch.tensor([[1.5, 0.0], [-1.0, 1.0], [0.0, -2.0]]))
     segment, now = torch.full((1, 4000), TARGET), {}
     for name, f in dict(from_latent=lambda x: x, segment_emb=lambda s: 0.0, trunk=lambda h, mask, e: h,
                         to_output=lambda z: p.log() - ((z[..., None, :] - (1 - now["t"]) * dit.latent_of) / now["t"]).square().sum(-1) / 2).items():
         delattr(dit, name)
         setattr(dit, name, f)
-    z = euler(lambda z, t: now.update(t=t) or dit(z, segment, t[None])[0], torch.randn(1, 4000, 2, generator=torch.Generator().manual_seed(0)),
+    z = euler(lambda z, t: now.update(t=t) or (z - dit.estimate(dit(z, segment, t[None]), z, t[None])) / t, torch.randn(1, 4000, 2, generator=torch.Generator().manual_seed(0)),
               torch.linspace(1, 0, 201))
     distance, token = (z[0, :, None] - dit.latent_of).norm(dim=-1).min(-1)
     assert distance.quantile(0.99) < 0.02 and ((token.bincount() / 4000) - p).abs().max() < 0.02
@@ -306,12 +322,12 @@ def test_an_exact_posterior_samples_tokens_as_often_as_they_are():
 
 def test_a_low_temperature_points_to_the_likeliest_token_and_leaves_other_velocities(dit):
     x, segment, t = torch.randn(4, N, C), make_batch().segment, torch.full((4,), 0.5)
-    (v, logits), (cold, same) = dit(x, segment, t), dit(x, segment, t, 0.0)
-    if logits is None:
-        assert torch.equal(v, cold)
+    output = dit(x, segment, t)
+    warm, cold = (dit.estimate(output, x, t, temperature) for temperature in (1.0, 0.0))
+    if dit.config.predict_tokens:
+        assert not torch.allclose(warm, cold) and torch.allclose(cold, dit.latent_of[output.argmax(-1)], atol=1e-4)
     else:
-        assert torch.equal(logits, same) and not torch.allclose(v, cold)
-        assert torch.allclose(x - 0.5 * cold, dit.latent_of[logits.argmax(-1)], atol=1e-4)
+        assert torch.equal(warm, cold)
 
 
 def test_latents_of_tokens_are_their_means(vae):
@@ -331,11 +347,12 @@ def test_guidance_scale_1_is_the_conditional_model_and_0_the_unconditional(dit):
     _, segment, _ = make_batch()
     context, z, t = torch.randn(4, N, C), torch.randn(4, N, C), torch.tensor(0.4)
     is_target = (segment == TARGET)[..., None]
-    conditional, _ = dit(torch.where(is_target, z, context), segment, t.expand(4))
-    unconditional, _ = dit(torch.where(is_target, z, 0.0), segment, t.expand(4))
+    both = [torch.where(is_target, z, x) for x in (context, 0.0)]
+    conditional, unconditional = (dit.estimate(dit(x, segment, t.expand(4)), x, t.expand(4)) for x in both)
     assert not torch.allclose(conditional, unconditional, atol=1e-3)
-    for scale, v in ((1, conditional), (1 + 1e-7, conditional), (0, unconditional), (3, unconditional + 3 * (conditional - unconditional))):
-        assert torch.allclose(guided_velocity(dit, z, t, context, segment, scale), v, atol=1e-4), scale
+    for scale, z_0 in ((1, conditional), (1 + 1e-7, conditional), (0, unconditional), (3, unconditional + 3 * (conditional - unconditional))):
+        new = guided_estimate(dit, z, t, context, segment, scale)
+        assert torch.allclose(new[segment == TARGET], z_0[segment == TARGET], atol=1e-4), scale
 
 
 def test_euler_integrates_a_constant_velocity_exactly():

@@ -22,6 +22,7 @@ Tags     `unspecified:` the paper is silent and the choice is ours.   `deviation
 [TextLDM] Jiang et al. 2026, arXiv 2605.07748     [GPT2] Radford et al. 2019     [RoPE] Su et al. 2021, 2104.09864
 [VAE] Kingma, Welling 2013, 1312.6114     [DiT] Peebles, Xie 2022, 2212.09748    [REPA] Yu et al. 2024, 2410.06940
 [FM] Lipman et al. 2022, 2210.02747       [SD3] Esser et al. 2024, 2403.03206    [CFG] Ho, Salimans 2022, 2207.12598
+[AB] Chen et al. 2022, 2208.04202
 Short of time? Read TextDiT.forward and part 5 (the loss and the sampler), then TextVAE.forward.
 """
 
@@ -311,6 +312,7 @@ class DiTConfig(TrunkConfig):
     adaln: bool = option(True, "deviation: tell the blocks the time, by adaLN-zero")
     context_drop: float = option(0.1, "share of rows trained without their context, for guidance (the paper's)", 0, 1)
     predict_tokens: bool = option(True, "deviation: predict p(token), from which the velocity follows")
+    self_condition: bool = option(True, "deviation: tell the DiT what it estimated a step before")
     t_mean: float = option(0.8, "logit-normal times: mean (deviation: the paper has 0)", -9, 9)
     t_std: float = option(1.0, "logit-normal times: std (deviation: the paper has 1.5)", 1e-3, 9)
 
@@ -323,6 +325,8 @@ class TextDiT(nn.Module):
         super().__init__()
         self.config, E = config, config.n_embd
         self.from_latent = nn.Linear(config.channels, E)
+        if config.self_condition:
+            self.from_guess = nn.Linear(config.channels, E, bias=False)
         self.segment_emb = nn.Embedding(2, E)                                   # of CONTEXT, of TARGET
         if config.adaln:
             self.time_mlp = nn.Sequential(nn.Linear(E, E), nn.SiLU(), nn.Linear(E, E), nn.SiLU())
@@ -338,20 +342,27 @@ class TextDiT(nn.Module):
         angle = 1000 * t[:, None] * 10000 ** (-torch.arange(half, device=t.device) / half)  # (B, E/2)
         return self.time_mlp(torch.cat((angle.cos(), angle.sin()), dim=-1))     # (B, E)
 
-    def forward(self, x, segment, t, temperature=1.0):
-        """x (B, N, C), clean (or dropped: zero) where segment is CONTEXT, noisy where TARGET; t (B,) -> velocity (B, N, C)
-        and, with `predict_tokens`, logits (B, N, V) of the tokens given all of x, else None. A temperature below 1 makes
-        the velocity point to likelier tokens."""
-        h = self.from_latent(x) + self.segment_emb((segment == TARGET).long())  # (B, N, E)
+    def forward(self, x, segment, t, guess=None):
+        """x (B, N, C), clean (or dropped: zero) where segment is CONTEXT, noisy where TARGET; t (B,); guess (B, N, C): an earlier
+        estimate of the targets' z_0, zero where there is none. Returns velocities (B, N, C), or with `predict_tokens` logits
+        (B, N, V) of the tokens given all of x."""
+        is_target = segment == TARGET                                           # (B, N)
+        h = self.from_latent(x) + self.segment_emb(is_target.long())            # (B, N, E)
+        if self.config.self_condition and guess is not None:
+            h = h + self.from_guess(guess * is_target[..., None])
         mask = (segment != PADDING)[:, None, None, :] if (segment == PADDING).any() else None  # (B, 1, 1, N)
         h = self.trunk(h, mask, self.time_embedding(t) if self.config.adaln else None)
-        output = self.to_output(h).float()                                      # (B, N, V) or (B, N, C)
+        return self.to_output(h).float()
+
+    def estimate(self, output, x, t, temperature=1.0):
+        """The clean latents E[z_0 | x] (B, N, C) that forward's output for x (B, N, C) and t (B,) amounts to. A temperature below
+        1 makes them those of likelier tokens."""
         if not self.config.predict_tokens:
-            return output, None
-        # eps - z_0 = (x - z_0) / t, so the best velocity is (x - E[z_0 | x]) / t, and E[z_0 | x] is the sum over tokens of
-        # p(token | x) E[z_0 | token, x]. Instead of the latter `latent_of` has E[z_0 | token]: what a latent holds beyond its
-        # token (train_dit.py prints how much) is in the context, and in the noisy targets of training, but never in a sample.
-        return (x - (output / max(temperature, 1e-4)).softmax(-1) @ self.latent_of) / t[:, None, None].clamp(min=1e-4), output
+            return x - t[:, None, None] * output                                # where the path ends if it is straight
+        # E[z_0 | x] is the sum over tokens of p(token | x) E[z_0 | token, x]. Instead of the latter `latent_of` has
+        # E[z_0 | token]: what a latent holds beyond its token (train_dit.py prints how much) is in the context, and in the
+        # noisy targets of training, but never in a sample.
+        return (output / max(temperature, 1e-4)).softmax(-1) @ self.latent_of
 
 
 # ---- 5. Flow matching [FM]: the loss, and the sampler ----------------------------------------------------
@@ -361,17 +372,22 @@ def logit_normal(u, config):
     return torch.sigmoid(config.t_mean + config.t_std * math.sqrt(2) * torch.erfinv(2 * u - 1))
 
 
-def denoising_loss(dit, z_0, tokens, segment, t, eps, drop=None):
+def denoising_loss(dit, z_0, tokens, segment, t, eps, drop=None, with_guess=0):
     """Flow matching (Eq. 5 of [TextLDM]): latents z_0 and noise eps (B, N, C), their tokens (B, N), times t (B,); rows where
-    drop (B,) is true have zeros for a context. Returns the loss (B, N), the velocity's squared error (B, N), which is the loss
-    unless the DiT predicts tokens, and the estimate of z_0 (B, N, C) that the velocity amounts to. All mean something on the
-    target only."""
+    drop (B,) is true have zeros for a context; the first `with_guess` rows are told the estimate of a first pass, as samples are
+    that of the step before (self-conditioning [AB]). Returns the loss (B, N), of meaning on the target only, and the DiT's output
+    with the x that it is for."""
     at = t[:, None, None]                                                       # (B, 1, 1)
     z_t = (1 - at) * z_0 + at * eps                                             # (B, N, C)
     context = z_0 if drop is None else z_0.masked_fill(drop[:, None, None], 0)
-    v, logits = dit(torch.where((segment == TARGET)[..., None], z_t, context), segment, t)
-    error = (v - (eps - z_0)).square().mean(-1)                                 # (B, N)
-    return error if logits is None else cross_entropy(logits, tokens), error.detach(), z_t - at * v
+    x, guess = torch.where((segment == TARGET)[..., None], z_t, context), torch.zeros_like(z_0)
+    if dit.config.self_condition and with_guess:
+        with torch.no_grad():
+            x_1, segment_1, t_1 = (a[:with_guess] for a in (x, segment, t))
+            guess[:with_guess] = dit.estimate(dit(x_1, segment_1, t_1), x_1, t_1)
+    output = dit(x, segment, t, guess)
+    loss = cross_entropy(output, tokens) if dit.config.predict_tokens else (output - (eps - z_0)).square().mean(-1)
+    return loss, output, x
 
 
 def flow_loss(dit, vae, batch, config, generator):
@@ -380,21 +396,22 @@ def flow_loss(dit, vae, batch, config, generator):
     u, drop = torch.rand(2, len(z_0), generator=generator, device=z_0.device)   # (B,) each
     eps = torch.randn(z_0.shape, generator=generator, device=z_0.device)
     t, drop = logit_normal(u, config), drop < config.context_drop
-    loss, error, _ = denoising_loss(dit, z_0, batch.tokens, batch.segment, t, eps, drop)
-    weight = batch.weight * (batch.segment == TARGET)
-    return dict(error=weighted_mean(error, weight == 1), loss=weighted_mean(loss, weight))
+    loss, *_ = denoising_loss(dit, z_0, batch.tokens, batch.segment, t, eps, drop, with_guess=len(z_0) // 2)
+    return dict(loss=weighted_mean(loss, batch.weight * (batch.segment == TARGET)))
 
 
-def guided_velocity(dit, z, t, context, segment, cfg_scale, temperature=1.0):
-    """v_u + w (v_c - v_u) [CFG] for latents z (B, N, C) at time t; w = 1 is the conditional model, at half the
-    cost. context (B, N, C) holds clean latents; what z holds in their places is never looked at."""
+def guided_estimate(dit, z, t, context, segment, cfg_scale, temperature=1.0, guess=None):
+    """e_u + w (e_c - e_u) [CFG], of the estimates of z_0 with and without the context, for latents z (B, N, C) at time t: velocities,
+    linear in them, are guided alike. w = 1 is the conditional model, at half the cost. context (B, N, C) holds clean latents;
+    what z holds in their places is never looked at."""
     is_target, t = (segment == TARGET)[..., None], t.expand(len(z))             # (B, N, 1), (B,)
-    x_c = torch.where(is_target, z, context)                                    # (B, N, C)
+    x = torch.where(is_target, z, context)                                      # (B, N, C)
     if cfg_scale == 1:
-        return dit(x_c, segment, t, temperature)[0]
-    x_u = torch.where(is_target, z, 0.0)                                        # as with a dropped context
-    v_c, v_u = dit(torch.cat((x_c, x_u)), segment.repeat(2, 1), t.repeat(2), temperature)[0].chunk(2)
-    return v_u + cfg_scale * (v_c - v_u)
+        return dit.estimate(dit(x, segment, t, guess), x, t, temperature)
+    x, t = torch.cat((x, torch.where(is_target, z, 0.0))), t.repeat(2)          # (2 B, N, C), the latter as with a dropped context
+    guess = None if guess is None else guess.repeat(2, 1, 1)
+    e_c, e_u = dit.estimate(dit(x, segment.repeat(2, 1), t, guess), x, t, temperature).chunk(2)
+    return e_u + cfg_scale * (e_c - e_u)
 
 
 def euler(velocity, z, times, callback=None):
@@ -438,7 +455,13 @@ def continue_texts(vae, dit, prompts, length, eot, steps=50, cfg_scale=2.0, temp
     texts = lambda z: texts_of(vae.read(z, segment), segment, eot)
     context = vae.latents(tokens, segment)                                      # (B, N, C)
     times = logit_normal(torch.linspace(1, 0, steps + 1), dit.config).to(z.device)
-    velocity = lambda z, t: guided_velocity(dit, z, t, context, segment, cfg_scale, temperature)
+    guess = torch.zeros_like(z)                                                 # of z_0, by the step before
+
+    def velocity(z, t):
+        nonlocal guess
+        guess = guided_estimate(dit, z, t, context, segment, cfg_scale, temperature, guess)
+        return (z - guess) / t                                                  # eps - z_0, as z = (1 - t) z_0 + t eps
+
     return texts(euler(velocity, z, times, callback and (lambda t, z, z_0: callback(float(t), texts(z_0)))))
 
 
@@ -545,7 +568,7 @@ class TrainConfig:
 
 
 # --recipe=paper: the paper's choice wherever an option's default is a `deviation:`
-PAPER = dict(repa=1.0, repa_latents=False, adaln=False, predict_tokens=False, t_mean=0.0, t_std=1.5, muon=False)
+PAPER = dict(repa=1.0, repa_latents=False, adaln=False, predict_tokens=False, self_condition=False, t_mean=0.0, t_std=1.5, muon=False)
 
 
 def at_scale(n_layer, n_head, n_embd, max_steps=200_000, **more):

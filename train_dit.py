@@ -91,10 +91,12 @@ def main():
         mean = lambda x: weighted_mean(x.float(), counted).item()
         lines, table = [f"{'t':>5}{'loss':>9}{'shuffled':>10}{'noisy':>8}{'predicted':>11}"], []
         for t in torch.arange(1, 10, device=device) / 10:
-            loss, error, guess = denoising_loss(dit, z_0, tokens, segment, t.expand(len(z_0)), eps)
-            shuffled, *_ = denoising_loss(dit, strange, tokens, segment, t.expand(len(z_0)), eps)
+            at = t.expand(len(z_0))
+            loss, output, x = denoising_loss(dit, z_0, tokens, segment, at, eps, with_guess=len(z_0))
+            shuffled, *_ = denoising_loss(dit, strange, tokens, segment, at, eps, with_guess=len(z_0))
+            guess = dit.estimate(output, x, at)
             noisy = z_0 + t / (1 - t) * eps                                     # z_t / (1 - t)
-            table.append(dict(t=round(t.item(), 1), loss=mean(loss), shuffled=mean(shuffled), error=mean(error),
+            table.append(dict(t=round(t.item(), 1), loss=mean(loss), shuffled=mean(shuffled),
                               noisy=mean(vae.read(noisy, segment) == tokens), predicted=mean(vae.read(guess, segment) == tokens)))
             lines.append("{t:5.1f}{loss:9.4f}{shuffled:10.4f}{noisy:8.3f}{predicted:11.3f}".format(**table[-1]))
         prompts = [row[s == CONTEXT].tolist()[: config.block_size // 2] for row, s in zip(tokens[:4], segment)]
