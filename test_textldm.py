@@ -279,20 +279,6 @@ def test_flow_loss_learns_from_targets_alone(vae, dit):
     assert not torch.equal(flow_loss(dit, vae, more_tail, dit.config, torch.Generator().manual_seed(0))["loss"], loss["loss"])
 
 
-def test_filling_in_hands_over_some_targets_and_leaks_none_of_the_others(vae):
-    batch = make_batch(rows=64)._replace(segment=(torch.arange(N) >= 3).long().repeat(64, 1))
-    is_target = batch.segment == TARGET
-    for share in (0.0, 0.5, 1.0):
-        filled = train_dit.fill_in(batch, share, torch.Generator().manual_seed(0))
-        known = (filled.segment == CONTEXT) & is_target
-        assert (filled.segment == CONTEXT)[~is_target].all()
-        assert known.sum() / is_target.sum() == pytest.approx(0.65 * share, abs=0.1)
-        assert known.any(1).float().mean() == pytest.approx(share, abs=0.15)
-    other = torch.where(filled.segment == TARGET, (filled.tokens + 1) % V, filled.tokens)
-    given = filled.segment == CONTEXT
-    assert torch.allclose(vae.latents(filled.tokens, filled.segment)[given], vae.latents(other, filled.segment)[given], atol=1e-5)
-
-
 def test_a_posterior_learns_the_cross_entropy_of_targets(vae):
     batch, seen = make_batch(), []
     dit = randomise(TextDiT(DiTConfig(**SMALL, vocab_size=V, channels=C)), scale=0.1)
@@ -401,6 +387,30 @@ def test_texts_stop_at_the_end_of_text(vae, dit):
     assert continue_texts(vae, dit, [[7], [7]], 5, EOT, steps=2) == [[2, 3, EOT], [2, 3, 4, 5, 6]]
 
 
+def test_each_step_is_told_what_the_one_before_estimated(vae, dit, monkeypatch):
+    told, made, real = [], [], textldm.guided_estimate
+    monkeypatch.setattr(textldm, "guided_estimate", lambda *a: told.append(a[-1]) or made.append(real(*a)) or made[-1])
+    continue_texts(vae, dit, [[1, 2], [3]], 6, EOT, steps=4)
+    assert not told[0].any() and all(a is b for a, b in zip(told[1:], made)) and len(told) == 4
+    assert not torch.equal(*(real(dit, made[0], torch.tensor(0.5), made[0], make_batch().segment[:2, : made[0].shape[1]], 2.0, 1.0, guess)
+                             for guess in (made[0], None)))
+
+
+def test_a_dit_begins_as_the_decoder_of_its_width(vae):
+    dit = TextDiT(DiTConfig(**SMALL | dict(n_layer=4), vocab_size=V, channels=C))
+    train_dit.begin_as_decoder(dit, vae)
+    segment, at_half = torch.full((3, N), TARGET), dit.time_embedding(torch.full((3,), 0.5))
+    h, both = torch.randn(3, N, 16), textldm.same_segment(segment)
+    assert torch.allclose(h, dit.trunk.h[0](h, at_half, rope=True, mask=both))  # its gates are closed as ever
+    for i, block in enumerate(dit.trunk.h):
+        block.adaln = None
+        assert torch.equal(block(h, rope=True, mask=both), vae.decoder.h[i // 2](h, rope=True, mask=both))
+    wider = TextDiT(DiTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=V, channels=C))
+    before = [p.clone() for p in wider.parameters()]
+    train_dit.begin_as_decoder(wider, vae)
+    assert all(torch.equal(a, b) for a, b in zip(before, wider.parameters()))
+
+
 def test_the_callback_sees_the_way_from_noise(vae, dit):
     seen = []
     text = continue_texts(vae, dit, [[1, 2]], 6, EOT, steps=8, callback=lambda t, texts: seen.append((t, texts)))
@@ -438,15 +448,6 @@ def test_rotary_attention_sees_distances_only():
         same = scores.diagonal(distance, dim1=-2, dim2=-1)
         assert torch.allclose(same, same[..., :1].expand_as(same), atol=1e-4)
     assert not torch.allclose(scores[..., 0, 1], scores[..., 0, 3], atol=1e-2)
-
-
-def test_heads_begin_by_looking_at_neighbours():
-    attention = textldm.Attention(64, 4)
-    attention.c_attn.bias.data.zero_()
-    train_dit.look_near(attention)
-    q, k, _ = attention.c_attn(torch.zeros(1, N, 64)).view(N, 3, 4, 16).permute(1, 2, 0, 3)
-    looks = (textldm.rotate(q) @ textldm.rotate(k).mT).argmax(-1)[:, 5]
-    assert looks.tolist() == [6, 4, 7, 3]
 
 
 def test_gpt_loads_hugging_face_layout(tmp_path):

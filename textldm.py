@@ -568,7 +568,8 @@ class TrainConfig:
 
 
 # --recipe=paper: the paper's choice wherever an option's default is a `deviation:`
-PAPER = dict(repa=1.0, repa_latents=False, adaln=False, predict_tokens=False, self_condition=False, t_mean=0.0, t_std=1.5, muon=False)
+PAPER = dict(repa=1.0, repa_latents=False, adaln=False, predict_tokens=False, self_condition=False, from_decoder=False,
+             t_mean=0.0, t_std=1.5, muon=False)
 
 
 def at_scale(n_layer, n_head, n_embd, max_steps=200_000, **more):

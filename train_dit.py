@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from textldm import (CONTEXT, TARGET, Corpus, DiTConfig, TextDiT, TextVAE, TrainConfig, UserError, VAEConfig, at_scale,
                      command_line, continue_texts, denoising_loss, flow_loss, load_checkpoint, model_from, option, pick_device,
-                     rotate, run, train, weighted_mean)
+                     run, train, weighted_mean)
 
 # unspecified: depth and width, chosen to match the paper's 114M, 328M and 768M parameters
 PRESETS = dict(tiny=dict(max_steps=2400, eval_interval=800)) | {k: at_scale(*size, max_steps=1_000_000) for k, size in dict(
@@ -26,29 +26,7 @@ PRESETS = dict(tiny=dict(max_steps=2400, eval_interval=800)) | {k: at_scale(*siz
 @dataclass
 class Stage2:
     vae: str = option("", "checkpoint of stage 1 (OUT/vae.pt)")
-    near: bool = option(False, "deviation: attention begins by looking at neighbours")
-    infill: float = option(0.0, "deviation: share of rows in which 30 to 100% of the target is known, as context", 0, 1)
-
-
-def look_near(attention):
-    """Biases of q and k with which head 0 begins by looking mostly one token ahead, head 1 one back, head 2 two ahead, and so
-    on: once turned by their positions, those of a query at m and a key at n agree best at n = m + j, or m - j for odd heads."""
-    H, D = attention.n_head, attention.c_attn.out_features // 3 // attention.n_head
-    q, k, _ = attention.c_attn.bias.data.view(3, H, D)                          # (H, D) each
-    turned = rotate(2.0 * (torch.arange(D) < D // 2).expand(H + 1, D))          # (H + 1, D), row j: one vector, turned by j
-    for h in range(H):
-        ahead, other = (q, k) if h % 2 == 0 else (k, q)
-        ahead[h], other[h] = turned[h // 2 + 1], turned[0]
-
-
-def fill_in(batch, share, generator):
-    """In `share` of the rows, 30 to 100% of the positions become CONTEXT: known neighbours teach what follows what sooner
-    than noisy ones. They are encoded with the rest of the context, the targets left, now fragments, without them. In rows
-    whose context is dropped they are zeros too, unlike in the sampler's rows without a context."""
-    (B, N), device = batch.segment.shape, batch.segment.device
-    u, known = (torch.rand(B, n, generator=generator, device=device) for n in (2, N))   # (B, 2), (B, N)
-    known = (u[:, :1] < share) & (known < 0.3 + 0.7 * u[:, 1:])                 # (B, N)
-    return batch._replace(segment=batch.segment.masked_fill(known, CONTEXT))
+    from_decoder: bool = option(True, "deviation: blocks begin as those of the VAE's decoder, if of their width")
 
 
 @torch.no_grad()
@@ -61,6 +39,15 @@ def latents_of_tokens(vae, batches):
     table = table.index_add(0, tokens, z) / (1 + tokens.bincount(minlength=len(table)))[:, None]
     print(f"a token fixes its latent but for {(z - table[tokens]).square().mean():.1%} of its variance")
     return table
+
+
+def begin_as_decoder(dit, vae):
+    """Copies the blocks of the VAE's decoder to the DiT's, each to as many as it has to serve, where both have one width: to read
+    clean latents is where to read noisy ones from. adaLN, which the decoder has not, stays zero."""
+    theirs, ours = vae.decoder.h, dit.trunk.h
+    if (vae.config.n_embd, vae.config.n_head) == (dit.config.n_embd, dit.config.n_head):
+        for i, block in enumerate(ours):
+            block.load_state_dict(theirs[i * len(theirs) // len(ours)].state_dict(), strict=False)
 
 
 def main():
@@ -107,14 +94,14 @@ def main():
         return dict(loss=sum(r["loss"] for r in table) / len(table), table=table)
 
     def loss_of(net, batch, generator, step):
-        return flow_loss(net, vae, fill_in(batch, stage.infill, generator) if stage.infill else batch, config, generator)
+        return flow_loss(net, vae, batch, config, generator)
 
     dit = TextDiT(config)
     if config.predict_tokens:
         dit.latent_of.copy_(latents_of_tokens(vae, corpus.fixed_batches(64, device)))
-    for block in dit.trunk.h if stage.near else []:
-        look_near(block.attn)
-    train("dit", cfg, dit, corpus, loss_of, evaluate, ema=True, vae=vae.z_mean.tolist(), infill=stage.infill)
+    if stage.from_decoder:
+        begin_as_decoder(dit, vae)
+    train("dit", cfg, dit, corpus, loss_of, evaluate, ema=True, vae=vae.z_mean.tolist())
 
 
 if __name__ == "__main__":
