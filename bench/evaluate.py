@@ -49,6 +49,7 @@ class EvalConfig:
     out: str = option("out", "folder of the models; the reports go there too")
     benchmark: str = option("", 'file of JSON lines {"prompt", "reference"}; default: made once from val, in --data')
     n: int = option(1000, "prompts", 8)
+    unprompted: bool = option(False, "empty prompts: whole documents are generated, and compared with whole ones")
     seed: int = option(1, "of the benchmark, of the texts and of the intervals", 0, 2**31)
     systems: str = option("real,other,unigram,prompt,gpt,textldm", "rows of the table: [LABEL=]KIND[:PATH], ...")
     texts: str = option("", 'what another system wrote: JSON lines {"prompt", "text"}, matched by prompt')
@@ -64,9 +65,9 @@ class EvalConfig:
 
 # ---- The benchmark
 
-def make_benchmark(corpus, path, n, seed):
+def make_benchmark(corpus, path, n, seed, unprompted):
     """Cuts n val documents of at most a row in prompt and reference, at the word that begins nearest to a place
-    drawn in 40-60% of the characters. Streams have no short documents: theirs are cut off after a row."""
+    drawn in 40-60% of the characters (or at their start). Streams have no short documents: theirs are cut off after a row."""
     rng, lines = np.random.default_rng(seed), []
     ends = np.flatnonzero(corpus.tokens == corpus.eot) + 1
     for d in rng.permutation(len(ends)):
@@ -75,7 +76,7 @@ def make_benchmark(corpus, path, n, seed):
             continue
         text = corpus.encoding.decode(ids[: corpus.N]).rstrip("\ufffd")
         place = rng.uniform(0.4, 0.6) * len(text)
-        cuts = [i for i in range(1, len(text) - 1) if text[i].isspace() and text[:i].strip() and text[i:].strip()]
+        cuts = [0] if unprompted else [i for i in range(1, len(text) - 1) if text[i].isspace() and text[:i].strip() and text[i:].strip()]
         if cuts:
             cut = min(cuts, key=lambda i: abs(i - place))
             lines.append(dict(prompt=text[:cut], reference=text[cut:], ended=len(ids) < corpus.N))
@@ -87,9 +88,9 @@ def make_benchmark(corpus, path, n, seed):
 
 
 def load_benchmark(options, corpus):
-    path = Path(options.benchmark or f"{options.data}/benchmark_{options.n}_{options.seed}_{corpus.N}.jsonl")
+    path = Path(options.benchmark or f"{options.data}/benchmark_{options.n}_{options.seed}_{corpus.N}{'_unprompted' * options.unprompted}.jsonl")
     if not options.benchmark and not path.exists():
-        make_benchmark(corpus, path, options.n, options.seed)
+        make_benchmark(corpus, path, options.n, options.seed, options.unprompted)
     lines = read_lines(path, ("prompt", "reference"))
     for i, line in enumerate(lines):
         if not line["reference"].strip():

@@ -1,47 +1,51 @@
 #!/usr/bin/env bash
 # The tables of bench/RESULTS.md for one corpus: trains what is missing, two seeds side by side (on a GPU one after the other), with
-# and without REPA, in the paper's form, and the baselines: the autoregressive one at equal tokens and equal seconds, and masked
+# and without REPA, in the paper's form, and the baselines: the autoregressive one at equal tokens and equal seconds, and (of books) masked
 # diffusion. Then it judges all of it in one run. Stopped, it goes on with the first stage that was not done.
+# The judge has a vocabulary of its own, always the same, so that nats a token compare whatever vocabulary the models have.
 #
 #     bash bench/results.sh names                    # then: cat out/names/eval.md
 #     bash bench/results.sh docs
 #     bash bench/results.sh books FILE_OR_FOLDER     # OpenWebText2's format; wants a GPU, where each stage fits in ten minutes
 set -euo pipefail
 cd "$(dirname "$0")/.."
-corpus=${1:-names} trunk="" seeds="1 2" judge="--n_layer=6 --n_embd=256 --max_steps=1000"
+corpus=${1:-names} trunk="" seeds="1 2" masked="" judge="--n_layer=6 --n_embd=256 --max_steps=1000"
 case $corpus in
-    names) prepare=names rows="" dit_steps=2400 n=1000 ;;
-    docs) prepare="docs --vocab_size=512" rows="--batch_size=64 --block_size=40" dit_steps=6000 n=600 ;;
-    books) prepare="${2:?the path of the books} --encoding=bpe --vocab_size=4096"
-           rows="--block_size=128 --batch_size=256 --n_head=8 --n_embd=512" trunk="--n_layer=8" dit_steps=6000 n=1000
-           judge="--n_layer=8 --n_embd=512 --max_steps=4000" ;;
+    names) text="names" vocabulary="--vocab_size=4096" ruler="--vocab_size=2048" rows="" dit_steps=2400 n=1000 ;;
+    docs) text="docs" vocabulary="--vocab_size=2048" ruler="--vocab_size=512" rows="--batch_size=96 --block_size=32" dit_steps=1500 n=600
+          judge+=" --batch_size=64 --block_size=64" ;;
+    books) text="${2:?the path of the books}" vocabulary="--encoding=bpe --vocab_size=4096" ruler=$vocabulary
+           rows="--block_size=128 --batch_size=256 --n_head=8 --n_embd=512" trunk="--n_layer=8" dit_steps=6000 n=1000 masked=yes
+           judge="--n_layer=8 --n_embd=512 --max_steps=4000 --block_size=128 --batch_size=256 --n_head=8" ;;
     *) echo "error: names, docs or books" >&2; exit 2 ;;
 esac
 data=data/$corpus out=out/$corpus
-[ -f $data/train.bin ] || python data/prepare.py $prepare --out=$data
+[ -f $data/train.bin ] || python data/prepare.py $text $vocabulary --out=$data
+[ -f $data/judge/train.bin ] || python data/prepare.py $text $ruler --out=$data/judge
 
 once() {  # once FOLDER SCRIPT OPTIONS...: unless it was done before. FOLDER/SCRIPT.done has its seconds
     local folder=$1 script=$2 start=$SECONDS; shift 2
     [ -f $folder/$(basename $script).done ] && return
-    python $script --data=$data --out=$folder $rows "$@"
+    python $script --data=$data --out=$folder "$@"
     echo $((SECONDS - start)) > $folder/$(basename $script).done
 }
 seed() {
-    once $out/s$1 bench/train_gpt.py --seed=$1 $trunk
-    once $out/s$1 train_vae.py --seed=$1
-    once $out/s$1 train_dit.py --seed=$1 $trunk --max_steps=$dit_steps
-    once $out/norepa$1 train_vae.py --seed=$1 --teacher=none
-    once $out/norepa$1 train_dit.py --seed=$1 $trunk --max_steps=$dit_steps
-    once $out/paper$1 train_vae.py --seed=$1 --teacher=$out/s$1/gpt.pt --recipe=paper
-    once $out/paper$1 train_dit.py --seed=$1 $trunk --max_steps=$dit_steps --recipe=paper
-    once $out/masked$1 bench/train_masked.py --seed=$1 $trunk --max_steps=$dit_steps
-    once $out/tokens$1 bench/train_gpt.py --seed=$1 $trunk --max_steps=$((1000 + dit_steps))  # as GPT, VAE and DiT together
+    local vae="$rows --seed=$1" net="$rows $trunk --seed=$1"
+    once $out/s$1 bench/train_gpt.py $net
+    once $out/s$1 train_vae.py $vae
+    once $out/s$1 train_dit.py $net --max_steps=$dit_steps
+    once $out/norepa$1 train_vae.py $vae --teacher=none
+    once $out/norepa$1 train_dit.py $net --max_steps=$dit_steps
+    once $out/tokens$1 bench/train_gpt.py $net --max_steps=$((1000 + dit_steps))  # as GPT, VAE and DiT together
     # goes on for the steps that fit in the seconds that TextLDM took and the GPT has not
     local seconds=$(($(cat $out/s$1/*.done | paste -sd+))) own=$(cat $out/tokens$1/*.done)
     [ -d $out/seconds$1 ] || { cp -r $out/tokens$1 $out/seconds$1; rm $out/seconds$1/*.done; }
-    once $out/seconds$1 bench/train_gpt.py --seed=$1 $trunk --max_steps=$(((1000 + dit_steps) * seconds / own)) --resume
+    once $out/seconds$1 bench/train_gpt.py $net --max_steps=$(((1000 + dit_steps) * seconds / own)) --resume
+    once $out/paper$1 train_vae.py $vae --teacher=$out/s$1/gpt.pt --recipe=paper
+    once $out/paper$1 train_dit.py $net --max_steps=$dit_steps --recipe=paper
+    [ -z "$masked" ] || once $out/masked$1 bench/train_masked.py $net --max_steps=$dit_steps
 }
-once $out/evaluator bench/train_gpt.py --seed=1234 $judge
+once $out/evaluator bench/train_gpt.py --seed=1234 $judge --data=$data/judge
 if python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
     for s in $seeds; do seed $s; done
 else  # two runs of half the cores each are done sooner than two of all of them, one after the other
@@ -55,6 +59,9 @@ fi
 systems=real,other,unigram,tokens,prompt
 for s in $seeds; do
     systems+=",gpt $s=gpt:$out/s$s/gpt.pt,gpt tokens $s=gpt:$out/tokens$s/gpt.pt,gpt seconds $s=gpt:$out/seconds$s/gpt.pt"
-    systems+=",masked $s=masked:$out/masked$s/masked.pt,textldm $s=textldm:$out/s$s,no repa $s=textldm:$out/norepa$s,paper $s=textldm:$out/paper$s"
+    systems+=",textldm $s=textldm:$out/s$s,no repa $s=textldm:$out/norepa$s,paper $s=textldm:$out/paper$s"
+    [ -z "$masked" ] || systems+=",masked $s=masked:$out/masked$s/masked.pt"
 done
-python bench/evaluate.py --data=$data --out=$out --n=$n --cfg=2,3 --temperature=0.5,0.7,0.85,1 --steps=50 --systems="$systems"
+judge() { python bench/evaluate.py --data=$data --n=$n --steps=50 --evaluator=$out/evaluator/gpt.pt "$@"; }
+judge --out=$out --cfg=3 --temperature=0.5,0.6,0.7,0.85,1 --systems="$systems"
+[ $corpus != names ] || judge --out=$out/unprompted --unprompted --cfg=1 --temperature=0.5,0.6,0.7,0.85,1 --systems="${systems/,prompt/}"

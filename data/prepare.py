@@ -322,7 +322,7 @@ def main():
     parser.add_argument("--val", help="file or folder of val documents, instead of a share of the others")
     parser.add_argument("--val_fraction", type=float, default=None, help="share of val documents (0.05 for names and docs, else 0.005)")
     parser.add_argument("--encoding", choices=["gpt2", "bpe"], help="GPT-2's BPE (default for files), or one of our own (names, docs)")
-    parser.add_argument("--vocab_size", type=int, default=2048, help="of our own BPE (2048)")
+    parser.add_argument("--vocab_size", type=int, default=4096, help="of our own BPE (4096)")
     parser.add_argument("--layout", choices=["documents", "stream"],
                         help="a training row is one document (names, docs), or a window of all of them (files)")
     args = parser.parse_args()
