@@ -11,11 +11,12 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 corpus=${1:-names} trunk="" seeds="1 2" masked="" judge="--n_layer=6 --n_embd=256 --max_steps=1000"
 case $corpus in
-    names) text="names" vocabulary="--vocab_size=4096" ruler="--vocab_size=2048" rows="" dit_steps=2400 n=1000 ;;
-    docs) text="docs" vocabulary="--vocab_size=2048" ruler="--vocab_size=512" rows="--batch_size=96 --block_size=32" dit_steps=1500 n=600
+    names) text="names" vocabulary="--vocab_size=4096" ruler="--vocab_size=2048" rows="" vae_steps=1000 dit_steps=2400 n=1000 ;;
+    docs) text="docs" vocabulary="--vocab_size=2048" ruler="--vocab_size=512" rows="--batch_size=96 --block_size=32" vae_steps=500 dit_steps=1500 n=600
           judge+=" --batch_size=64 --block_size=64" ;;
     books) text="${2:?the path of the books}" vocabulary="--encoding=bpe --vocab_size=4096" ruler=$vocabulary
-           rows="--block_size=128 --batch_size=256 --n_head=8 --n_embd=512" trunk="--n_layer=8" dit_steps=6000 n=1000 masked=yes
+           rows="--block_size=128 --batch_size=256 --n_head=8 --n_embd=512" trunk="--n_layer=8" vae_steps=1000 dit_steps=6000 n=1000
+           masked=yes
            judge="--n_layer=8 --n_embd=512 --max_steps=4000 --block_size=128 --batch_size=256 --n_head=8" ;;
     *) echo "error: names, docs or books" >&2; exit 2 ;;
 esac
@@ -30,17 +31,17 @@ once() {  # once FOLDER SCRIPT OPTIONS...: unless it was done before. FOLDER/SCR
     echo $((SECONDS - start)) > $folder/$(basename $script).done
 }
 seed() {
-    local vae="$rows --seed=$1" net="$rows $trunk --seed=$1"
+    local vae="$rows --seed=$1 --max_steps=$vae_steps" net="$rows $trunk --seed=$1"
     once $out/s$1 bench/train_gpt.py $net
     once $out/s$1 train_vae.py $vae
     once $out/s$1 train_dit.py $net --max_steps=$dit_steps
     once $out/norepa$1 train_vae.py $vae --teacher=none
     once $out/norepa$1 train_dit.py $net --max_steps=$dit_steps
-    once $out/tokens$1 bench/train_gpt.py $net --max_steps=$((1000 + dit_steps))  # as GPT, VAE and DiT together
+    once $out/tokens$1 bench/train_gpt.py $net --max_steps=$((500 + vae_steps + dit_steps))  # as GPT, VAE and DiT together
     # goes on for the steps that fit in the seconds that TextLDM took and the GPT has not
     local seconds=$(($(cat $out/s$1/*.done | paste -sd+))) own=$(cat $out/tokens$1/*.done)
     [ -d $out/seconds$1 ] || { cp -r $out/tokens$1 $out/seconds$1; rm $out/seconds$1/*.done; }
-    once $out/seconds$1 bench/train_gpt.py $net --max_steps=$(((1000 + dit_steps) * seconds / own)) --resume
+    once $out/seconds$1 bench/train_gpt.py $net --max_steps=$(((500 + vae_steps + dit_steps) * seconds / own)) --resume
     once $out/paper$1 train_vae.py $vae --teacher=$out/s$1/gpt.pt --recipe=paper
     once $out/paper$1 train_dit.py $net --max_steps=$dit_steps --recipe=paper
     [ -z "$masked" ] || once $out/masked$1 bench/train_masked.py $net --max_steps=$dit_steps
