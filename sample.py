@@ -138,18 +138,19 @@ def main():
 
     def trace(t, texts):
         seen.append(t)
-        if len(seen) % max(options.steps // 10, 1) == 1 % max(options.steps // 10, 1):
+        if (len(seen) - 1) % max(options.steps // 10, 1) == 0:
             print(f"t={t:.3f}  " + "  ".join(repr(show(ids)) for ids in texts))
 
     texts, seen = [], []
     for start in tqdm(range(0, len(prompts), options.batch_size), desc="sample", disable=len(prompts) <= options.batch_size):
-        some = prompts[start : start + options.batch_size]
+        some, seed = prompts[start : start + options.batch_size], options.seed * 1_000_003 + start  # no two seeds share noise
+        seen.clear()
         with autocast:
             if options.gpt:
-                new = generate(gpt, some, options.length, eot, options.temperature, seed=options.seed + start)
+                new = generate(gpt, some, options.length, eot, options.temperature, seed=seed)
             else:
-                new = continue_texts(vae, dit, some, options.length, eot, options.steps, options.cfg, options.temperature,
-                                     options.seed + start, trace if options.trace else None)
+                new = continue_texts(vae, dit, some, options.length, eot, options.steps, options.cfg, options.temperature, seed,
+                                     trace if options.trace else None)
         texts += [(show(ids), eot in ids) for ids in new]
     if options.output:
         write_whole(options.output, "".join(json.dumps(dict(line, text=text, ended=ended), ensure_ascii=False) + "\n"

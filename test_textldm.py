@@ -272,11 +272,18 @@ def test_self_conditioning_tells_some_rows_what_a_first_pass_estimated_of_the_ta
 def test_flow_loss_learns_from_targets_alone(vae, dit):
     """The gradient does not depend on what is asked of context positions."""
     batch = make_batch()
-    loss = flow_loss(dit, vae, batch, dit.config, torch.Generator().manual_seed(0))
+    loss = flow_loss(dit, vae, batch, torch.Generator().manual_seed(0))
     all_context = batch._replace(weight=torch.where(batch.segment == CONTEXT, 100.0, batch.weight))
-    assert torch.equal(flow_loss(dit, vae, all_context, dit.config, torch.Generator().manual_seed(0))["loss"], loss["loss"])
+    assert torch.equal(flow_loss(dit, vae, all_context, torch.Generator().manual_seed(0))["loss"], loss["loss"])
     more_tail = batch._replace(weight=torch.where((batch.segment == TARGET) & (batch.weight < 1), 1.0, batch.weight))
-    assert not torch.equal(flow_loss(dit, vae, more_tail, dit.config, torch.Generator().manual_seed(0))["loss"], loss["loss"])
+    assert not torch.equal(flow_loss(dit, vae, more_tail, torch.Generator().manual_seed(0))["loss"], loss["loss"])
+
+
+def test_every_parameter_learns_in_bf16(vae, dit):
+    """Also where the estimate for self-conditioning is made without gradients, in the same autocast."""
+    with torch.autocast("cpu", torch.bfloat16):
+        flow_loss(dit, vae, make_batch(), torch.Generator().manual_seed(0))["loss"].backward()
+    assert not [k for k, p in dit.named_parameters() if p.grad is None or not p.grad.any()]
 
 
 def test_a_posterior_learns_the_cross_entropy_of_targets(vae):
@@ -284,7 +291,7 @@ def test_a_posterior_learns_the_cross_entropy_of_targets(vae):
     dit = randomise(TextDiT(DiTConfig(**SMALL, vocab_size=V, channels=C)), scale=0.1)
     forward = dit.forward
     dit.forward = lambda *x: seen.append(forward(*x)) or seen[-1]
-    loss = flow_loss(dit, vae, batch, dit.config, torch.Generator().manual_seed(0))
+    loss = flow_loss(dit, vae, batch, torch.Generator().manual_seed(0))
     weight = batch.weight * (batch.segment == TARGET)
     nll = -seen[-1].log_softmax(-1).gather(-1, batch.tokens[..., None])[..., 0]
     assert loss["loss"].item() == pytest.approx(((nll * weight).sum() / weight.sum()).item(), rel=1e-5)

@@ -16,8 +16,8 @@ Rows     hold two texts, a context, then the target that continues it (Corpus.ba
          CONTEXT or TARGET, or PADDING, which nothing else sees, behind a row sampled beside longer ones. A target that ends
          before its row is followed by a tail of end-of-text tokens. `weight` (B, N) is 1 for the counted tokens, text up to
          and including its end-of-text, and TAIL_WEIGHT in the tail, which is trained lightly, so that samples stop. What
-         stages 1 and 2 minimise is averaged by weight; what they report is over counted tokens.
-Latents  z are raw inside TextVAE and in its `posterior` and `decode`, and of mean 0 and std 1 per channel everywhere else.
+         stages 1 and 2 minimise (`loss`) is averaged by weight; what else they report is over counted tokens.
+Latents  z are raw in TextVAE's forward, `posterior` and `decode`, and of mean 0 and std 1 per channel everywhere else.
 Tags     `unspecified:` the paper is silent and the choice is ours.   `deviation:` we do otherwise.
 [TextLDM] Jiang et al. 2026, arXiv 2605.07748     [GPT2] Radford et al. 2019     [RoPE] Su et al. 2021, 2104.09864
 [VAE] Kingma, Welling 2013, 1312.6114     [DiT] Peebles, Xie 2022, 2212.09748    [REPA] Yu et al. 2024, 2410.06940
@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 CONTEXT, TARGET, PADDING = 0, 1, 2
 Batch = collections.namedtuple("Batch", "tokens segment weight")  # (B, N) each
-TAIL_WEIGHT = 0.1  # unspecified: enough to learn that nothing follows the end, too little to drown the text
+TAIL_WEIGHT = 0.1  # below 1, which marks counted tokens. unspecified: enough to learn that nothing follows, too little to drown the text
 
 
 class UserError(Exception):
@@ -64,7 +64,7 @@ class TrunkConfig:
     n_head: int = option(4, "attention heads", 1)
     n_embd: int = option(192, "width of the residual stream", 1)
     block_size: int = option(64, "longest row in tokens; where rows are documents, at most the length that 99% of them have", 2)
-    vocab_size: int = option(0, "tokens in the vocabulary (always the corpus's)", 0)
+    vocab_size: int = 0  # the corpus's
 
 
 def rotate(x):
@@ -226,7 +226,7 @@ class VAEConfig(TrunkConfig):
     beta_warmup: int = option(200, "steps over which beta grows from zero: first learn to write, then to compress", 0)
     repa: float = option(4.0, "lambda, weight of the alignment (deviation: the paper has 1)", 0)
     repa_latents: bool = option(True, "deviation: REPA aligns the latents' means, not the encoder's features")
-    teacher_embd: int = option(0, "width of the teacher (always as it is; 0: none)", 0)
+    teacher_embd: int = 0  # width of the teacher, 0 without one
 
 
 class TextVAE(nn.Module):
@@ -305,10 +305,10 @@ class TextVAE(nn.Module):
         return self.decode(z * self.z_std + self.z_mean, segment).argmax(-1)
 
 
-# ---- 4. The DiT: the velocity of noisy target latents, given clean context latents -----------------------
+# ---- 4. The DiT: what clean latents noisy target latents come from, given the context's ------------------
 @dataclass
 class DiTConfig(TrunkConfig):
-    channels: int = option(0, "C, channels of a latent; 0: the VAE's", 0)
+    channels: int = 0  # C, the VAE's
     adaln: bool = option(True, "deviation: tell the blocks the time, by adaLN-zero")
     context_drop: float = option(0.1, "share of rows trained without their context, for guidance (the paper's)", 0, 1)
     predict_tokens: bool = option(True, "deviation: predict p(token), from which the velocity follows")
@@ -383,26 +383,27 @@ def denoising_loss(dit, z_0, tokens, segment, t, eps, drop=None, with_guess=0):
     x, guess = torch.where((segment == TARGET)[..., None], z_t, context), torch.zeros_like(z_0)
     if dit.config.self_condition and with_guess:
         with torch.no_grad():
-            x_1, segment_1, t_1 = (a[:with_guess] for a in (x, segment, t))
-            guess[:with_guess] = dit.estimate(dit(x_1, segment_1, t_1), x_1, t_1)
+            some_x, some_segment, some_t = (a[:with_guess] for a in (x, segment, t))
+            guess[:with_guess] = dit.estimate(dit(some_x, some_segment, some_t), some_x, some_t)
+        torch.clear_autocast_cache()  # before torch 2.10 the second pass would reuse weights cast without a gradient (pytorch#112583)
     output = dit(x, segment, t, guess)
     loss = cross_entropy(output, tokens) if dit.config.predict_tokens else (output - (eps - z_0)).square().mean(-1)
     return loss, output, x
 
 
-def flow_loss(dit, vae, batch, config, generator):
+def flow_loss(dit, vae, batch, generator):
     """The loss of stage 2 on a batch, a dict; times, noise and dropped contexts come from the generator."""
     z_0 = vae.latents(batch.tokens, batch.segment)                              # (B, N, C)
     u, drop = torch.rand(2, len(z_0), generator=generator, device=z_0.device)   # (B,) each
     eps = torch.randn(z_0.shape, generator=generator, device=z_0.device)
-    t, drop = logit_normal(u, config), drop < config.context_drop
-    loss, *_ = denoising_loss(dit, z_0, batch.tokens, batch.segment, t, eps, drop, with_guess=len(z_0) // 2)
+    t, drop = logit_normal(u, dit.config), drop < dit.config.context_drop
+    loss, *_ = denoising_loss(dit, z_0, batch.tokens, batch.segment, t, eps, drop, with_guess=(len(z_0) + 1) // 2)
     return dict(loss=weighted_mean(loss, batch.weight * (batch.segment == TARGET)))
 
 
 def guided_estimate(dit, z, t, context, segment, cfg_scale, temperature=1.0, guess=None):
     """e_u + w (e_c - e_u) [CFG], of the estimates of z_0 with and without the context, for latents z (B, N, C) at time t: velocities,
-    linear in them, are guided alike. w = 1 is the conditional model, at half the cost. context (B, N, C) holds clean latents;
+    affine in them, are guided alike. w = 1 is the conditional model, at half the cost. context (B, N, C) holds clean latents;
     what z holds in their places is never looked at."""
     is_target, t = (segment == TARGET)[..., None], t.expand(len(z))             # (B, N, 1), (B,)
     x = torch.where(is_target, z, context)                                      # (B, N, C)
@@ -455,7 +456,7 @@ def continue_texts(vae, dit, prompts, length, eot, steps=50, cfg_scale=2.0, temp
     texts = lambda z: texts_of(vae.read(z, segment), segment, eot)
     context = vae.latents(tokens, segment)                                      # (B, N, C)
     times = logit_normal(torch.linspace(1, 0, steps + 1), dit.config).to(z.device)
-    guess = torch.zeros_like(z)                                                 # of z_0, by the step before
+    guess = torch.zeros_like(z)                                                 # of z_0, by the step before, guided
 
     def velocity(z, t):
         nonlocal guess
@@ -560,7 +561,7 @@ class TrainConfig:
     learning_rate: float = option(0.0, "at its peak; 0: 4e-3 with Muon, 1e-3 without", 0)
     warmup: int = option(100, "steps of linear warm-up, before a cosine down to a tenth", 0)
     weight_decay: float = option(0.01, "on matrices only (the paper's)", 0)
-    muon: bool = option(hasattr(torch.optim, "Muon"), "deviation: Muon for blocks' matrices (torch 2.9 on)", 0, hasattr(torch.optim, "Muon"))
+    muon: bool = option(hasattr(torch.optim, "Muon"), "deviation: Muon for blocks' matrices (torch 2.9 on)")
     eval_interval: int = option(250, "steps between evaluations and checkpoints", 1)
     log_interval: int = option(20, "steps between lines of metrics", 1)
     device: str = option("auto", "cpu, cuda, mps, or auto")
@@ -585,7 +586,7 @@ def command_line(description, *types, presets=None):
     if presets:
         parser.add_argument("--preset", choices=presets, default="tiny", help="sizes and schedule (tiny)")
         parser.add_argument("--recipe", choices=("ours", "paper"), default="ours", help="paper: without our deviations (ours)")
-    options, tiny = {f.name: f for t in types for f in fields(t)}, (presets or {}).get("tiny", {})
+    options, tiny = {f.name: f for t in types for f in fields(t) if f.metadata}, (presets or {}).get("tiny", {})
     for name, f in options.items():
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
         parser.add_argument(f"--{name}", help=f"{f.metadata['help']} ({tiny.get(name, f.default)})".replace("%", "%%"),
@@ -670,6 +671,8 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, cut_words=True, ema=Fals
     hidden, matrices, vectors = ([p for k, p in model.named_parameters() if kind(k, p) == x] for x in ("hidden", "matrix", "vector"))
     optimizers = [torch.optim.AdamW([dict(params=matrices), dict(params=vectors, weight_decay=0)], betas=(0.9, 0.98),
                                     weight_decay=cfg.weight_decay, fused=device.type != "mps")]
+    if cfg.muon and not hasattr(torch.optim, "Muon"):
+        raise UserError("--muon needs torch 2.9 or later; this is " + torch.__version__)
     if cfg.muon:
         optimizers.append(torch.optim.Muon(hidden, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
     parts = dict(model=model, average=average, **{type(o).__name__: o for o in optimizers})

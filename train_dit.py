@@ -4,7 +4,7 @@
     python train_dit.py --data=data/owt2 --preset=small --out=out/owt2
 
 Watch the table by t. `loss` is what training minimises (nats a token, or the velocity's squared error), here over counted
-tokens with no context dropped; its mean over the nine t chooses the best checkpoint. `shuffled` is the same when the contexts
+tokens, with no context dropped and every row told a first estimate; its mean over the nine t chooses the best checkpoint. `shuffled` is the same when the contexts
 are the beginnings of other rows: equal to loss as long as the DiT makes nothing of its context. `predicted` is the share of
 tokens that decode right from the DiT's estimate of the clean latents, `noisy` from the rescaled noisy ones, z_t / (1 - t).
 """
@@ -42,8 +42,8 @@ def latents_of_tokens(vae, batches):
 
 
 def begin_as_decoder(dit, vae):
-    """Copies the blocks of the VAE's decoder to the DiT's, each to as many as it has to serve, where both have one width: to read
-    clean latents is where to read noisy ones from. adaLN, which the decoder has not, stays zero."""
+    """Copies the blocks of the VAE's decoder to the DiT's, each to as many as it has to serve, where both have one width: who reads
+    clean latents learns sooner to read noisy ones. Input and output layers are fresh, and adaLN, which the decoder has not, stays zero."""
     theirs, ours = vae.decoder.h, dit.trunk.h
     if (vae.config.n_embd, vae.config.n_head) == (dit.config.n_embd, dit.config.n_head):
         for i, block in enumerate(ours):
@@ -58,8 +58,6 @@ def main():
     vae = model_from(TextVAE, VAEConfig, state).to(device).requires_grad_(False)
     config.vocab_size = corpus.meta["vocab_size"]
     config.block_size = corpus.N = val.N = min(corpus.N, vae.config.block_size)
-    if config.channels not in (0, vae.config.channels):
-        raise UserError(f"--channels={config.channels}, but the VAE's latents have {vae.config.channels}; leave it out")
     config.channels = vae.config.channels
     torch.manual_seed(cfg.seed)
     rows, = val.fixed_batches(1, device)
@@ -78,10 +76,10 @@ def main():
         mean = lambda x: weighted_mean(x.float(), counted).item()
         lines, table = [f"{'t':>5}{'loss':>9}{'shuffled':>10}{'noisy':>8}{'predicted':>11}"], []
         for t in torch.arange(1, 10, device=device) / 10:
-            at = t.expand(len(z_0))
-            loss, output, x = denoising_loss(dit, z_0, tokens, segment, at, eps, with_guess=len(z_0))
-            shuffled, *_ = denoising_loss(dit, strange, tokens, segment, at, eps, with_guess=len(z_0))
-            guess = dit.estimate(output, x, at)
+            t_rows = t.expand(len(z_0))                                         # (B,)
+            loss, output, x = denoising_loss(dit, z_0, tokens, segment, t_rows, eps, with_guess=len(z_0))
+            shuffled, *_ = denoising_loss(dit, strange, tokens, segment, t_rows, eps, with_guess=len(z_0))
+            guess = dit.estimate(output, x, t_rows)
             noisy = z_0 + t / (1 - t) * eps                                     # z_t / (1 - t)
             table.append(dict(t=round(t.item(), 1), loss=mean(loss), shuffled=mean(shuffled),
                               noisy=mean(vae.read(noisy, segment) == tokens), predicted=mean(vae.read(guess, segment) == tokens)))
@@ -94,7 +92,7 @@ def main():
         return dict(loss=sum(r["loss"] for r in table) / len(table), table=table)
 
     def loss_of(net, batch, generator, step):
-        return flow_loss(net, vae, batch, config, generator)
+        return flow_loss(net, vae, batch, generator)
 
     dit = TextDiT(config)
     if config.predict_tokens:

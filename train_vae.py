@@ -6,6 +6,7 @@
 Watch `accuracy`: it should pass 99% of val tokens. `active` counts the channels in use, `cosine` is REPA's.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +65,8 @@ def main():
                    f"channels active, REPA cosine {mean['cos']:.3f}, loss {mean['loss']:.4f}")
         return dict(mean, active=active)
 
-    train("vae", cfg, vae, corpus, loss_of, evaluate, teacher=vae.teacher_mean.tolist())
+    identity = hashlib.sha256(teacher.wte.weight.cpu().numpy().tobytes()).hexdigest() if teacher else "none"
+    train("vae", cfg, vae, corpus, loss_of, evaluate, teacher=identity)
 
 
 if __name__ == "__main__":
