@@ -7,7 +7,6 @@
 """
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from textldm import (GPT, DiTConfig, TextDiT, TextVAE, UserError, VAEConfig, command_line, continue_texts,
-                     load_checkpoint, load_encoding, model_from, option, pick_device, run)
+                     load_checkpoint, load_encoding, model_from, option, pick_device, run, write_whole)
 
 
 @dataclass
@@ -63,15 +62,6 @@ def read_lines(path, wanted, option=""):
         except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{path}, line {i + 1}: expected " + "{" + ", ".join(f'"{k}": "..."' for k in wanted) + "}") from None
     return lines
-
-
-def write_whole(path, text):
-    """Writes beside and renames; UserError where it cannot."""
-    try:
-        Path(f"{path}.tmp").write_text(text, encoding="utf-8", errors="replace")
-        os.replace(f"{path}.tmp", path)
-    except OSError as e:
-        raise UserError(f"cannot write {path} ({e.strerror})") from None
 
 
 def read_prompts(options):

@@ -8,6 +8,8 @@ import importlib.util
 import json
 import math
 import os
+import signal
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -21,8 +23,8 @@ import train_dit
 import train_vae
 from sample import generate
 from textldm import (CONTEXT, GPT, PADDING, TARGET, Batch, Corpus, DiTConfig, TextDiT, TextVAE, TrunkConfig, UserError, VAEConfig,
-                     continue_texts, denoising_loss, euler, flow_loss, guided_estimate, load_checkpoint, logit_normal, save_checkpoint,
-                     teacher_features)
+                     continue_texts, denoising_loss, euler, flow_loss, guided_estimate, load_checkpoint, logit_normal, teacher_features,
+                     write_whole)
 
 ROOT = Path(__file__).parent
 EOT, V, C, N = 49, 50, 6, 12
@@ -61,6 +63,15 @@ def dit(request):
     dit.to_output.weight.data *= 30 if request.param else 1  # sure of its tokens
     dit.latent_of.normal_(generator=torch.Generator().manual_seed(1))
     return dit
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """Training takes over Ctrl-C and SIGTERM; a test gives them back."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
 
 
 def script(path, *arguments):
@@ -675,28 +686,73 @@ def test_masked_diffusion_counts_every_token_once_and_draws_what_the_model_says(
 # The scripts, and what they make of bad input
 
 
-def test_resume_equals_no_interruption(home, tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", ["killed", "asked to stop"])
+def test_resume_equals_no_interruption(home, tmp_path, monkeypatch, how):
+    """To the bit, and with every line of metrics once, whether the last step was saved or is to be done again."""
+    class Killed(BaseException):
+        pass
     for path, stage in (("bench/train_gpt.py", "gpt"), ("train_vae.py", "vae"), ("train_dit.py", "dit")):
-        whole = load_checkpoint(home / f"out/{stage}_last.pt", stage, "")
+        whole, lines = load_checkpoint(home / f"out/{stage}_last.pt", stage, ""), (home / f"out/{stage}.jsonl").read_text()
         calls, batch = [], Corpus.batch
 
         def interrupted(self, rng, B, *rest, **more):
             calls.append(B)
-            if calls.count(8) > 3:
-                raise KeyboardInterrupt
+            if calls.count(8) == 4:
+                if how == "killed":
+                    raise Killed
+                os.kill(os.getpid(), signal.SIGTERM)
             return batch(self, rng, B, *rest, **more)
 
         with monkeypatch.context() as m:
             m.setattr(Corpus, "batch", interrupted)
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(Killed if how == "killed" else SystemExit, match=None if how == "killed" else "stopped after step 3; the same command"):
                 train(home, path)
-        assert load_checkpoint(home / f"out/{stage}_last.pt", stage, "")["step"] == 2
+        assert load_checkpoint(home / f"out/{stage}_last.pt", stage, "")["step"] == (2 if how == "killed" else 3)
+        with open(home / f"out/{stage}.jsonl", "a") as f:
+            f.write('{"step": 4, "loss"')  # half a line
         train(home, path, "--resume")
         resumed = load_checkpoint(home / f"out/{stage}_last.pt", stage, "")
         for part in ("model", "average"):
             assert all(torch.equal(whole[part][k], resumed[part][k]) for k in whole[part]), (stage, part)
         optimizers = {"AdamW", "Muon"} & whole.keys()
         assert optimizers and all(str(whole[k]) == str(resumed[k]) for k in optimizers) and resumed["step"] == 4
+        assert (home / f"out/{stage}.jsonl").read_text() == lines
+
+
+def test_more_steps_go_on_at_the_last_rate(home, tmp_path):
+    home = copy_of(home, tmp_path)
+    train(home, "bench/train_gpt.py", "--resume", "--warmup=100", steps=6)
+    rates = [line["lr"] for line in map(json.loads, (home / "out/gpt.jsonl").read_text().splitlines()) if "lr" in line]
+    assert len(rates) == 6 and rates[4:] == pytest.approx([5 / 4 * rates[3], 6 / 4 * rates[3]])  # still warming up
+    home = copy_of(home, tmp_path / "again")
+    train(home, "bench/train_gpt.py", "--warmup=0")
+    train(home, "bench/train_gpt.py", "--warmup=0", "--resume", steps=6)
+    rates = [line["lr"] for line in map(json.loads, (home / "out/gpt.jsonl").read_text().splitlines()) if "lr" in line]
+    assert rates[0] > rates[3] > rates[4] == rates[5]
+
+
+def test_what_is_not_finite_is_named_and_not_saved(home, tmp_path, capsys):
+    home = copy_of(home, tmp_path)
+    before = (home / "out/vae_last.pt").read_bytes()
+    with pytest.raises(SystemExit):
+        train(home, "train_vae.py", "--resume", "--learning_rate=1e38", steps=9)
+    assert "is not finite" in (err := capsys.readouterr().err) and "loss" in err and "step" in err
+    assert (home / "out/vae_last.pt").read_bytes() == before
+
+
+def test_two_processes_learn_what_one_does(home, tmp_path):
+    """torchrun with two processes, against one with two micro-batches a step."""
+    losses = {}
+    for name, more in dict(one=["--accumulate=2"], two=[]).items():
+        start = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29613"] if name == "two" else []
+        sizes = [f"--{k}={v}" for k, v in SMALL.items()]
+        subprocess.run([sys.executable, *start, "train_vae.py", "--data", home / "data", "--out", tmp_path / name, "--teacher", home / "out/gpt.pt", *sizes,
+                        "--max_steps=6", "--batch_size=8", "--log_interval=1", "--device=cpu", *more],
+                       check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "ATEN_CPU_CAPABILITY": "default"}, capture_output=True)
+        lines = map(json.loads, (tmp_path / name / "vae.jsonl").read_text().splitlines())
+        losses[name] = [(line["loss"], line["norm"]) for line in lines if "norm" in line]
+    assert len(losses["one"]) == 6 and np.array(losses["two"]) == pytest.approx(np.array(losses["one"]), rel=2e-3)
+    assert losses["two"][0] == pytest.approx(losses["one"][0], rel=1e-5)
 
 
 def test_training_learns_and_remembers(home, tmp_path):
@@ -893,7 +949,10 @@ def test_bad_checkpoints_are_refused(home, tmp_path, capsys, monkeypatch):
     out, data = home / "out", ["--data", home / "data", "--out", home / "out", "--device=cpu", "--max_steps=2"]
     (out / "cut.pt").write_bytes((out / "vae.pt").read_bytes()[:-1000])
     (out / "code.pt").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
-    for bad, words in (("cut.pt", "no whole checkpoint"), ("code.pt", "no whole checkpoint"), ("none.pt", "missing; python"),
+    flipped = bytearray((out / "vae.pt").read_bytes())
+    flipped[len(flipped) // 2] ^= 4
+    (out / "flip.pt").write_bytes(flipped)
+    for bad, words in (("cut.pt", "no whole checkpoint"), ("flip.pt", "no whole checkpoint"), ("code.pt", "no whole checkpoint"), ("none.pt", "missing; python"),
                        ("gpt.pt", "where a vae is needed")):
         refuse(capsys, words, "train_dit.py", *data, "--vae", out / bad, keep=home)
         refuse(capsys, words, "sample.py", "--out", out, "--vae", out / bad, keep=home)
@@ -903,14 +962,16 @@ def test_bad_checkpoints_are_refused(home, tmp_path, capsys, monkeypatch):
     refuse(capsys, "Hugging Face", "train_vae.py", *data, "--teacher", out / "other.bin", keep=home)
     assert not (tmp_path / "pwned").exists()  # nothing in a checkpoint runs
     state = load_checkpoint(out / "vae.pt", "vae", "")
-    save_checkpoint(out / "wide.pt", **{**state, "config": {**state["config"], "n_embd": 32}})
-    save_checkpoint(out / "odd.pt", **{**state, "config": {"n_odd": 1}})
-    for bad in ("wide.pt", "odd.pt"):
+    write_whole(out / "wide.pt", {**state, "config": {**state["config"], "n_embd": 32}})
+    write_whole(out / "odd.pt", {**state, "config": {"n_odd": 1}})
+    write_whole(out / "huge.pt", {**state, "config": {**state["config"], "n_embd": 2**40}})  # no memory for what it claims
+    write_whole(out / "deep.pt", {**state, "config": {**state["config"], "n_layer": 2**40}})
+    for bad in ("wide.pt", "odd.pt", "huge.pt", "deep.pt"):
         refuse(capsys, "does not fit this code", "train_dit.py", *data, "--vae", out / bad, keep=home)
     # another VAE than the DiT's, of the same sizes
     state = load_checkpoint(out / "vae.pt", "vae", "")
     state["model"]["z_mean"] += 1
-    save_checkpoint(out / "vae2.pt", **state)
+    write_whole(out / "vae2.pt", state)
     refuse(capsys, "another VAE", "sample.py", "--out", out, "--vae", out / "vae2.pt", keep=home)
     # another vocabulary
     script("data/prepare.py", home / "docs.jsonl", "--out", home / "data2", "--encoding=bpe", "--vocab_size=290", "--layout=documents", "--val_fraction=0.2")
@@ -919,12 +980,12 @@ def test_bad_checkpoints_are_refused(home, tmp_path, capsys, monkeypatch):
     refuse(capsys, "different tokenizers", "train_vae.py", *other, keep=home)
     refuse(capsys, "another vocabulary", "bench/train_gpt.py", *other, "--resume", keep=home)
     alike = [*data, "--resume", "--batch_size=8", *(f"--{k}={v}" for k, v in SMALL.items())]
-    refuse(capsys, "other options", "bench/train_gpt.py", *alike, "--n_layer=1", keep=home)
-    refuse(capsys, "other options", "bench/train_gpt.py", *alike, "--seed=2", keep=home)
+    refuse(capsys, "another n_layer;", "bench/train_gpt.py", *alike, "--n_layer=1", keep=home)
+    refuse(capsys, "another seed;", "bench/train_gpt.py", *alike, "--seed=2", keep=home)
     # another teacher than the VAE's, of the same sizes
     state = load_checkpoint(out / "gpt.pt", "gpt", "")
     state["model"]["wte.weight"] += 1
-    save_checkpoint(out / "gpt2.pt", **state)
+    write_whole(out / "gpt2.pt", state)
     refuse(capsys, "another teacher", "train_vae.py", *alike, "--teacher", out / "gpt2.pt", keep=home)
 
 

@@ -32,13 +32,17 @@ import collections
 import copy
 import json
 import math
+import os
+import signal
 import sys
+import zipfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -601,18 +605,18 @@ def command_line(description, *types, presets=None):
     return [t(**{f.name: values[f.name] for f in fields(t) if f.name in values}) for t in types]
 
 
-def run(main):  # a script's; a UserError becomes one line and exit code 2
+def run(main):  # a script's; what the user can mend becomes one line and exit code 2
     try:
         main()
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+    except (UserError, OSError, KeyboardInterrupt) as e:
+        print(f"error: {str(e) or 'stopped'}", file=sys.stderr)
         sys.exit(2)
 
 
 def pick_device(name):
     """A torch.device, and the autocast to compute in: bf16 where the hardware has it, not where it is emulated."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -624,9 +628,18 @@ def pick_device(name):
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def save_checkpoint(path, **items):
-    torch.save(items, f"{path}.tmp")
-    Path(f"{path}.tmp").replace(path)  # so that `path` is whole at any moment
+def write_whole(path, content):
+    """Writes a text, or items as a checkpoint, beside and renames: whatever stops the machine or fills its disk, `path` is whole,
+    with the new content or the one before."""
+    try:
+        with open(f"{path}.tmp", "wb") as f:
+            f.write(content.encode("utf-8", "replace")) if isinstance(content, str) else torch.save(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as e:
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({str(e).splitlines()[0][:80]}); what was there is as it was") from None
 
 
 def load_checkpoint(path, kind, remedy, tokenizer=None):
@@ -639,6 +652,10 @@ def load_checkpoint(path, kind, remedy, tokenizer=None):
             import safetensors.torch
             state = safetensors.torch.load_file(path)
         else:
+            if zipfile.is_zipfile(path):  # torch writes checksums and does not look at them; what is compressed may claim any size
+                z = zipfile.ZipFile(path)
+                if any(i.compress_type for i in z.infolist()) or z.testzip():
+                    raise ValueError("damaged")
             state = dict(torch.load(path, map_location="cpu", weights_only=True))
     except ImportError:
         raise UserError(f"{path} needs one more package: pip install safetensors") from None
@@ -653,19 +670,38 @@ def load_checkpoint(path, kind, remedy, tokenizer=None):
 
 def model_from(cls, config_cls, state):
     try:
-        model = cls(config_cls(**state["config"]))
-        model.load_state_dict(state["model"])
+        config = config_cls(**state["config"])
+        if config.n_layer > len(state["model"]):
+            raise ValueError("layers without weights")
+        with torch.device("meta"):  # no memory for what a config claims; `assign` takes the tensors that the file has
+            model = cls(config)
+        model.load_state_dict(state["model"], assign=True)
         return model.eval()
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as e:
         raise UserError(f"the {state.get('kind')} does not fit this code ({type(e).__name__}); train it again") from None
 
 
-def train(stage, cfg, model, corpus, loss_of, evaluate, cut_words=True, ema=False, **extra):
+class Objective(nn.ModuleDict):
+    """A loss as the forward of a module, for DistributedDataParallel to wrap."""
+
+    def forward(self, loss_of, *micro_batch):
+        return loss_of(self["net"], *micro_batch)
+
+
+def train(stage, cfg, model, corpus, loss_of, evaluate, counted, cut_words=True, ema=False, **extra):
     """The loop of all stages. loss_of(net, batch, generator, step) and evaluate(model) return dicts with `loss`, the latter
-    on val; extra is what else a resumed run must share (the VAE's teacher, the DiT's VAE). Writes STAGE.pt (best by val; of averaged
-    weights with `ema`), STAGE_last.pt and STAGE.jsonl."""
+    on val; counted(batch) is the weight over which `loss` is a mean; extra is what else a resumed run must share (the VAE's teacher,
+    the DiT's VAE). Writes STAGE.pt (best by val; of averaged weights with `ema`), STAGE_last.pt and STAGE.jsonl.
+
+    Everything random comes from (seed, step, micro-batch) alone, so there is no state of it to save, and under torchrun K processes
+    with A micro-batches each compute what one with K A does."""
     (device, autocast), out = pick_device(cfg.device), Path(cfg.out)
-    net = torch.compile(model.to(device)) if cfg.compile else model.to(device)
+    rank, world = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun sets them
+    objective = Objective(dict(net=torch.compile(model.to(device)) if cfg.compile else model.to(device)))
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+        objective = nn.parallel.DistributedDataParallel(objective)
+    together = lambda x: x if world == 1 else (dist.all_reduce(x), x)[1]                        # the sum over processes
     average = copy.deepcopy(model).requires_grad_(False) if ema else model
     kind = lambda k, p: "vector" if p.dim() < 2 else "hidden" if cfg.muon and (".attn." in k or ".mlp." in k) else "matrix"
     hidden, matrices, vectors = ([p for k, p in model.named_parameters() if kind(k, p) == x] for x in ("hidden", "matrix", "vector"))
@@ -676,39 +712,60 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, cut_words=True, ema=Fals
     if cfg.muon:
         optimizers.append(torch.optim.Muon(hidden, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
     parts = dict(model=model, average=average, **{type(o).__name__: o for o in optimizers})
-    same = {k: getattr(cfg, k) for k in ("seed", "batch_size", "accumulate", "warmup", "weight_decay", "muon")}
-    identity = dict(kind=stage, config=asdict(model.config), tokenizer=corpus.tokenizer, train=same, **extra)
+    identity = dict(kind=stage, tokenizer=corpus.tokenizer, config=asdict(model.config), **extra, data=corpus.meta.get("sha256", len(corpus.tokens)),
+                    accumulate=cfg.accumulate * world, **{k: getattr(cfg, k) for k in ("seed", "batch_size", "warmup", "weight_decay", "muon")})
     peak = cfg.learning_rate or (4e-3 if cfg.muon else 1e-3)
-    step, best, last = 0, math.inf, out / f"{stage}_last.pt"
-    if cfg.resume:
-        state = load_checkpoint(last, stage, "start without --resume", corpus.tokenizer)
-        if any(state.get(k) != v for k, v in identity.items()):
-            raise UserError(f"{last} was started with other options, another VAE or another teacher; resume with those")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        step, best = state["step"], state["best"]
+    step, best, horizon, last, metrics = 0, math.inf, cfg.max_steps, out / f"{stage}_last.pt", out / f"{stage}.jsonl"
     corpus.fixed_batches(1, device)  # what is wrong with the data shows before any file is touched
     out.mkdir(parents=True, exist_ok=True)
+    if cfg.resume:
+        state = load_checkpoint(last, stage, "start without --resume", corpus.tokenizer)
+        try:
+            now, before = identity | identity["config"], state | state["config"]
+            if different := [k for k in now if k != "config" and before.get(k) != now[k]]:
+                raise UserError(f"{last} was started with another {', '.join(different)}; resume with the same")
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            step, best, horizon = state["step"], state["best"], state["horizon"]
+            if rank == 0:  # the steps after the checkpoint will come again
+                lines = [line for line in metrics.read_text().splitlines(True) if line.endswith("}\n") and json.loads(line)["step"] <= step]
+                write_whole(metrics, "".join(lines))
+        except (KeyError, ValueError, TypeError, RuntimeError) as e:
+            raise UserError(f"{last} and {metrics.name} do not fit this code ({type(e).__name__}); start without --resume") from None
+    save = lambda: rank or write_whole(last, dict(step=step, best=best, horizon=horizon, **{k: part.state_dict() for k, part in parts.items()}, **identity))
     print(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters on {device}, {cfg.max_steps} steps of "
-          f"{cfg.batch_size * cfg.accumulate} rows of {corpus.N} tokens; the bar tells how long it will take", flush=True)
-    bar = tqdm(total=cfg.max_steps, initial=step, desc=stage, mininterval=1)
-    with open(out / f"{stage}.jsonl", "a" if cfg.resume else "w") as log, bar:
+          f"{cfg.batch_size * cfg.accumulate * world} rows of {corpus.N} tokens; the bar tells how long it will take", flush=True)
+    stops = []  # the first signal lets the step finish and be saved, a second one stops at once
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: (stops.append(number), signal.signal(number, signal.SIG_DFL)))
+    bar = tqdm(total=cfg.max_steps, initial=step, desc=stage, mininterval=1, disable=rank > 0)
+    with open(metrics if rank == 0 else os.devnull, "a" if cfg.resume else "w") as log, bar:
         while step < cfg.max_steps:
-            done = max(step - cfg.warmup, 0) / max(cfg.max_steps - cfg.warmup, 1)
+            done = min(max(step - cfg.warmup, 0) / max(horizon - cfg.warmup, 1), 1)
             lr = peak * min((step + 1) / max(cfg.warmup, 1), 1) * (0.55 + 0.45 * math.cos(math.pi * done))
-            for micro in range(cfg.accumulate):
-                # everything random in a micro-batch comes from its own seed: there is no state to save
+            batches = []
+            for micro in range(rank * cfg.accumulate, (rank + 1) * cfg.accumulate):
                 rng = np.random.default_rng((cfg.seed, step, micro))
                 generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
                 # unspecified: the paper truncates rows at random; here the rows of a micro-batch share one length
                 N = max(corpus.N * int(rng.integers(4, 9)) // 8, 2)
-                batch = corpus.batch(rng, cfg.batch_size, N, device, cut_words)
+                batches.append((corpus.batch(rng, cfg.batch_size, N, device, cut_words), generator))
+            whole = together(torch.tensor([sum(counted(b) for b, _ in batches), len(stops)], device=device))
+            if whole[1]:  # a signal to any process stops all at the same step
+                save()
+                break
+            report = collections.Counter()
+            for k, (batch, generator) in enumerate(batches):
+                objective.require_backward_grad_sync = k == len(batches) - 1    # processes exchange gradients once a step
                 with autocast:
-                    losses = loss_of(net, batch, generator, step)
-                (losses["loss"] / cfg.accumulate).backward()
+                    losses = objective(loss_of, batch, generator, step)
+                share = counted(batch) / whole[0]
+                (losses["loss"] * share * world).backward()                     # times world, as the exchange takes the mean
+                report.update({k: v.detach() * share for k, v in losses.items()})
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             if not math.isfinite(norm):
-                raise UserError(f"the gradient of step {step} is not finite; --resume, or start again, at a lower --learning_rate")
+                terms = [k for k, v in report.items() if not v.isfinite()] or ["the gradient"]
+                raise UserError(f"step {step}: {', '.join(terms)} is not finite; --resume, or start again, at a lower --learning_rate")
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
@@ -720,15 +777,19 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, cut_words=True, ema=Fals
                     a.lerp_(p.detach(), 1 - min(0.999, (1 + step) / (10 + step)))
             bar.update()
             if step % cfg.log_interval == 0:
-                losses = {k: v.item() for k, v in losses.items()}
-                print(json.dumps(dict(step=step, **losses, norm=norm.item(), lr=lr)), file=log, flush=True)
-                bar.set_postfix({k: f"{v:.3g}" for k, v in losses.items()}, refresh=False)
-            if step % cfg.eval_interval == 0 or step == cfg.max_steps:
+                report = dict(zip(report, together(torch.stack(list(report.values()))).tolist()))
+                print(json.dumps(dict(step=step, **report, norm=norm.item(), lr=lr)), file=log, flush=True)
+                bar.set_postfix({k: f"{v:.3g}" for k, v in report.items()}, refresh=False)
+            if rank == 0 and (step % cfg.eval_interval == 0 or step == cfg.max_steps):
                 with autocast:
                     val = evaluate(average)
                 print(json.dumps(dict(step=step, val=val)), file=log, flush=True)
                 if val["loss"] < best:
                     best = val["loss"]
-                    save_checkpoint(out / f"{stage}.pt", model=average.state_dict(), step=step, **identity)
-                save_checkpoint(last, step=step, best=best, **{k: part.state_dict() for k, part in parts.items()}, **identity)
+                    write_whole(out / f"{stage}.pt", dict(model=average.state_dict(), step=step, **identity))
+                save()
+    if world > 1:
+        dist.destroy_process_group()
+    if step < cfg.max_steps:
+        sys.exit(f"{stage}: stopped after step {step}; the same command with --resume goes on from there")
     print(f"{stage}: wrote {out / f'{stage}.pt'} (best by val loss) and {last} (to --resume)")

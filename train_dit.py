@@ -99,7 +99,8 @@ def main():
         dit.latent_of.copy_(latents_of_tokens(vae, corpus.fixed_batches(64, device)))
     if stage.from_decoder:
         begin_as_decoder(dit, vae)
-    train("dit", cfg, dit, corpus, loss_of, evaluate, ema=True, vae=vae.z_mean.tolist())
+    counted = lambda batch: (batch.weight * (batch.segment == TARGET)).sum()
+    train("dit", cfg, dit, corpus, loss_of, evaluate, counted, ema=True, vae=vae.z_mean.tolist())
 
 
 if __name__ == "__main__":

@@ -37,9 +37,9 @@ from tqdm import tqdm
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # BERTScore is computed where its weights are, and never fetches them
 sys.path[:0] = [str(Path(__file__).resolve().parents[k]) for k in (0, 1)]
-from sample import SampleConfig, fit, generate, load_models, read_lines, write_whole
+from sample import SampleConfig, fit, generate, load_models, read_lines
 from textldm import (GPT, Corpus, TrunkConfig, UserError, command_line, continue_texts, cross_entropy, load_checkpoint,
-                     load_encoding, model_from, option, pick_device, run)
+                     load_encoding, model_from, option, pick_device, run, write_whole)
 from train_masked import MaskedLM, unmask
 
 

@@ -39,7 +39,7 @@ def main():
         tqdm.write(f"val: {loss:.4f} nats a token")
         return dict(loss=loss)
 
-    train("gpt", cfg, GPT(config), corpus, loss_of, evaluate, cut_words=False)
+    train("gpt", cfg, GPT(config), corpus, loss_of, evaluate, counted=lambda b: (b.weight == 1).float().sum(), cut_words=False)
 
 
 if __name__ == "__main__":
