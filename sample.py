@@ -25,7 +25,7 @@ class SampleConfig:
     n: int = option(1, "continuations of each prompt", 1)
     length: int = option(0, "tokens to write at most; 0: what a training row leaves after the prompt", 0)
     steps: int = option(50, "Euler steps", 1)
-    cfg: float = option(2.0, "guidance scale; 1: none", 0, 1000)
+    cfg: float = option(3.0, "guidance scale; 1: none", 0, 1000)
     seed: int = option(0, "seed of the noise", 0, 2**31)
     trace: bool = option(False, "print the text at a few steps of the way from noise")
     prompts: str = option("", "file of JSON lines with a prompt each, instead of --prompt")
@@ -35,7 +35,7 @@ class SampleConfig:
     dit: str = option("", "checkpoint of stage 2 (OUT/dit.pt)")
     vae: str = option("", "checkpoint of stage 1 (OUT/vae.pt)")
     gpt: str = option("", "checkpoint of a GPT, to write in the place of TextLDM")
-    temperature: float = option(1.0, "below 1: likelier tokens (of the GPT, or of a DiT that predicts tokens); 0: the likeliest", 0)
+    temperature: float = option(0.7, "below 1: likelier tokens (of a DiT that predicts tokens, or of a GPT, for which 1 is usual); 0: the likeliest", 0)
     device: str = option("auto", "cpu, cuda, mps, or auto")
 
 

@@ -449,7 +449,7 @@ def texts_of(tokens, segment, eot):
 
 
 @torch.no_grad()
-def continue_texts(vae, dit, prompts, length, eot, steps=50, cfg_scale=2.0, temperature=1.0, seed=0, callback=None):
+def continue_texts(vae, dit, prompts, length, eot, steps=50, cfg_scale=3.0, temperature=0.7, seed=0, callback=None):
     """Continues each prompt (ids, maybe none) by up to `length` tokens, or to the end of a training row. Returns
     lists of ids, with `eot` where the text ended. callback(t, texts) sees the text that each step points to."""
     tokens, segment = rows_of(prompts, length, dit.config.block_size, eot)     # (B, N) each
