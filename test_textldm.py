@@ -832,6 +832,16 @@ def test_every_floor_is_caught_and_real_text_lies_where_it_must(judged):
     assert (folder / "out/eval.md").read_text().count("| gpt |") == 2
 
 
+def test_whole_documents_are_judged_too(judged, tmp_path):
+    folder, _ = judged
+    script("bench/evaluate.py", "--data", folder / "data", "--out", tmp_path, "--evaluator", folder / "out/evaluator/gpt.pt", "--n=60", "--clusters=8",
+           "--device=cpu", "--unprompted", f"--systems=real,unigram,gpt=gpt:{folder / 'out/gpt.pt'}")
+    real, unigram, gpt = json.loads((tmp_path / "eval.json").read_text())["systems"].values()
+    benchmark, = (folder / "data").glob("benchmark_60_1_*_unprompted.jsonl")
+    assert all(b["prompt"] == "" and b["reference"].startswith("the ") for b in map(json.loads, benchmark.read_text().splitlines()))
+    assert abs(gpt["nll"][0] - real["nll"][0]) < 0.3 and unigram["nll"][0] > real["nll"][0] + 1 and real["copies"] == 0
+
+
 def test_bad_benchmarks_are_refused(judged, tmp_path, capsys):
     folder, theirs = judged
     options = ("bench/evaluate.py", "--data", folder / "data", "--out", folder / "out", "--n=60", "--device=cpu", "--systems=real")
