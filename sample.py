@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from textldm import (GPT, DiTConfig, TextDiT, TextVAE, UserError, VAEConfig, command_line, continue_texts,
+from textldm import (GPT, Config, DiTConfig, TextDiT, TextVAE, UserError, VAEConfig, command_line, continue_texts,
                      load_checkpoint, load_encoding, model_from, option, pick_device, run, write_whole)
 
 
 @dataclass
-class SampleConfig:
+class SampleConfig(Config):
     prompt: str = option("", "text to continue; may be empty, or end inside a word")
     n: int = option(1, "continuations of each prompt", 1)
     length: int = option(0, "tokens to write at most; 0: what a training row leaves after the prompt", 0)

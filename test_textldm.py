@@ -630,7 +630,7 @@ def test_names_and_docs_are_those_of_lab():
 
 def test_nanogpt_bins_are_gpt2_streams(tmp_path, monkeypatch):
     np.arange(1000, dtype=np.uint16).tofile(tmp_path / "train.bin")
-    monkeypatch.setattr(textldm, "load_encoding", lambda tokenizer: tokenizer)
+    monkeypatch.setattr(textldm, "load_encoding", lambda tokenizer, *_: tokenizer)
     corpus = Corpus(tmp_path, "train", 64)
     assert corpus.encoding["encoding"] == "gpt2" and corpus.is_stream
     batch = corpus.batch(np.random.default_rng(0), 16, 32, cut_words=False)

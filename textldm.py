@@ -52,6 +52,9 @@ Batch = collections.namedtuple("Batch", "tokens segment weight")  # (B, N) each
 TAIL_WEIGHT = 0.1  # below 1, which marks counted tokens. unspecified: enough to learn that nothing follows, too little to drown the text
 
 
+BROKEN = (KeyError, ValueError, TypeError, AttributeError, ArithmeticError, IndexError, RuntimeError)  # what a damaged or foreign file may raise
+
+
 class UserError(Exception):
     """Something the user can mend: scripts print its one sentence and exit with code 2."""
 
@@ -61,13 +64,21 @@ def option(default, help, low=None, high=None):
     return field(default=default, metadata=dict(help=help, low=low, high=high))
 
 
+class Config:
+    def __post_init__(self):  # of dataclasses, from the command line or a checkpoint: what is not of its type or range is refused
+        for f in fields(self):
+            value, low, high = getattr(self, f.name), f.metadata.get("low", 0), f.metadata.get("high")
+            if type(value) is not f.type or not (low is None or value >= low) or not (high is None or value <= high):
+                raise UserError(f"--{f.name}={value} is out of range: {low} to {'any' if high is None else high}")
+
+
 # ---- 1. Blocks: the pre-norm Transformer that all four networks (GPT, encoder, decoder, DiT) are stacks of
 @dataclass
-class TrunkConfig:
+class TrunkConfig(Config):
     n_layer: int = option(4, "Transformer blocks", 1)
     n_head: int = option(4, "attention heads", 1)
     n_embd: int = option(192, "width of the residual stream", 1)
-    block_size: int = option(64, "longest row in tokens; where rows are documents, at most the length that 99% of them have", 2)
+    block_size: int = option(64, "longest row in tokens; where rows are documents, at most the length that 99% of them have", 2, 2**16)
     vocab_size: int = 0  # the corpus's
 
 
@@ -199,11 +210,10 @@ class GPT(Trunk):
             config = path.with_name("config.json")
             n_head = json.loads(config.read_text())["n_head"] if config.exists() else len(state["ln_f.weight"]) // 64
             (V, E), n_layer = state["wte.weight"].shape, len({k.split(".")[1] for k in state if k.startswith("h.")})
-            gpt = cls(TrunkConfig(n_layer, n_head, E, len(state["wpe.weight"]), V))
-            gpt.load_state_dict(state)
-        except (KeyError, ValueError, TypeError, AttributeError, ZeroDivisionError, RuntimeError) as e:
+            config = dict(n_layer=n_layer, n_head=n_head, n_embd=E, block_size=len(state["wpe.weight"]), vocab_size=V)
+        except BROKEN as e:
             raise UserError(f"{path} is no GPT-2 in Hugging Face's layout ({type(e).__name__}: {str(e)[:60]})") from None
-        return gpt.eval(), dict(encoding="gpt2", vocab_size=V, eot=V - 1)
+        return model_from(cls, TrunkConfig, dict(kind=path, config=config, model=state)), dict(encoding="gpt2", vocab_size=V, eot=V - 1)
 
 
 # ---- 3. The VAE: tokens to latents and back, one latent a token; aligned to a teacher by REPA
@@ -475,17 +485,23 @@ def continue_texts(vae, dit, prompts, length, eot, steps=50, cfg_scale=3.0, temp
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 
-def load_encoding(tokenizer):
+def load_encoding(tokenizer, source="the checkpoint and its tokenizer"):
     """The tiktoken.Encoding of a `tokenizer` dict, as in meta.json and in every checkpoint: GPT-2's, or a
-    small BPE of ours whose ranks it holds in tiktoken's file format."""
-    if tokenizer["encoding"] == "bpe":
-        ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, tokenizer["bpe"].splitlines())}
-        return tiktoken.Encoding("bpe", pat_str=GPT2_SPLIT, mergeable_ranks=ranks,
-                                 special_tokens={"<|endoftext|>": tokenizer["eot"]})
+    small BPE of ours whose ranks it holds in tiktoken's file format. source is named in a UserError."""
     try:
-        return tiktoken.get_encoding(tokenizer["encoding"])
+        if tokenizer["encoding"] == "bpe":
+            ranks = {base64.b64decode(line.split()[0]): rank for rank, line in enumerate(tokenizer["bpe"].splitlines())}
+            encoding = tiktoken.Encoding("bpe", pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": tokenizer["eot"]})
+        else:
+            encoding = tiktoken.get_encoding(tokenizer["encoding"])
+        known = encoding.token_byte_values()
+        if not len(known) == tokenizer["eot"] == tokenizer["vocab_size"] - 1 or not {bytes([b]) for b in range(256)} <= set(known):
+            raise ValueError("other tokens than it claims")
+        return encoding
     except OSError as e:
         raise UserError(f"cannot download GPT-2's BPE ({type(e).__name__}); set TIKTOKEN_CACHE_DIR to its folder") from None
+    except BROKEN as e:
+        raise UserError(f"{source} do not fit ({type(e).__name__}: {e}); prepare or train again") from None
 
 
 class Corpus:
@@ -501,14 +517,14 @@ class Corpus:
             if path.with_name("meta.json").exists():
                 self.meta = json.loads(path.with_name("meta.json").read_text())
             self.tokenizer = {k: self.meta[k] for k in ("encoding", "vocab_size", "eot", "bpe") if k in self.meta}
-            self.encoding, self.eot = load_encoding(self.tokenizer), self.meta["eot"]
-            self.tokens = np.memmap(path, self.meta["dtype"], "r")  # ValueError where it is no whole number of tokens
+            self.encoding, self.eot = load_encoding(self.tokenizer, f"{path} and meta.json"), self.meta["eot"]
+            self.tokens = np.memmap(path, dict(uint16=np.uint16, uint32=np.uint32)[self.meta["dtype"]], "r")  # ValueError: no whole number
             if len(self.tokens) != self.meta.get("tokens", {}).get(split, len(self.tokens)):
                 raise ValueError("another number of tokens")
             self.is_stream = self.meta["layout"] != "documents"  # one endless document
             self.ends = np.array([len(self.tokens)]) if self.is_stream else np.flatnonzero(self.tokens == self.eot) + 1
-            self.N = block_size if self.is_stream else min(block_size, max(self.meta["longest"], 2))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            self.N = block_size if self.is_stream else min(block_size, max(int(self.meta["longest"]), 2))
+        except (OSError, *BROKEN) as e:
             raise UserError(f"{path} and meta.json do not fit ({type(e).__name__}: {e}); prepare them again") from None
         if len(self.tokens) < self.N or not len(self.ends):
             raise UserError(f"{path} has {len(self.tokens)} tokens, less than one row of {self.N}; prepare more text")
@@ -554,7 +570,7 @@ class Corpus:
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Config):
     data: str = option("data/names", "folder of a prepared corpus")
     out: str = option("out", "folder for checkpoints and metrics")
     resume: bool = option(False, "go on from the last checkpoint in --out")
@@ -565,7 +581,7 @@ class TrainConfig:
     learning_rate: float = option(0.0, "at its peak; 0: 4e-3 with Muon, 1e-3 without", 0)
     warmup: int = option(100, "steps of linear warm-up, before a cosine down to a tenth", 0)
     weight_decay: float = option(0.01, "on matrices only (the paper's)", 0)
-    muon: bool = option(hasattr(torch.optim, "Muon"), "deviation: Muon for blocks' matrices (torch 2.9 on)")
+    muon: bool = option(hasattr(torch.optim, "Muon"), "deviation: Muon for blocks' matrices (torch 2.9 on)", 0, hasattr(torch.optim, "Muon"))
     eval_interval: int = option(250, "steps between evaluations and checkpoints", 1)
     log_interval: int = option(20, "steps between lines of metrics", 1)
     device: str = option("auto", "cpu, cuda, mps, or auto")
@@ -590,33 +606,29 @@ def command_line(description, *types, presets=None):
     if presets:
         parser.add_argument("--preset", choices=presets, default="tiny", help="sizes and schedule (tiny)")
         parser.add_argument("--recipe", choices=("ours", "paper"), default="ours", help="paper: without our deviations (ours)")
-    options, tiny = {f.name: f for t in types for f in fields(t) if f.metadata}, (presets or {}).get("tiny", {})
-    for name, f in options.items():
+    tiny = (presets or {}).get("tiny", {})
+    for f in [f for t in types for f in fields(t) if f.metadata]:
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
-        parser.add_argument(f"--{name}", help=f"{f.metadata['help']} ({tiny.get(name, f.default)})".replace("%", "%%"),
+        parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} ({tiny.get(f.name, f.default)})".replace("%", "%%"),
                             default=argparse.SUPPRESS, **kind)
     given = vars(parser.parse_args())
     values = (presets or {}).get(given.pop("preset", None), {}) | (PAPER if given.pop("recipe", None) == "paper" else {}) | given
-    values = {k: v for k, v in values.items() if k in options}
-    for name, value in values.items():
-        low, high = options[name].metadata["low"], options[name].metadata["high"]
-        if not (low is None or value >= low) or not (high is None or value <= high):
-            parser.error(f"--{name}={value} is out of range: {low} to {'any' if high is None else high}")
     return [t(**{f.name: values[f.name] for f in fields(t) if f.name in values}) for t in types]
 
 
 def run(main):  # a script's; what the user can mend becomes one line and exit code 2
     try:
         main()
-    except (UserError, OSError, KeyboardInterrupt) as e:
+    except (UserError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as e:
         print(f"error: {str(e) or 'stopped'}", file=sys.stderr)
         sys.exit(2)
 
 
 def pick_device(name):
     """A torch.device, and the autocast to compute in: bf16 where the hardware has it, not where it is emulated."""
-    if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"                        # torchrun's, one GPU a process
+    name = name if name != "auto" else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -676,8 +688,8 @@ def model_from(cls, config_cls, state):
         with torch.device("meta"):  # no memory for what a config claims; `assign` takes the tensors that the file has
             model = cls(config)
         model.load_state_dict(state["model"], assign=True)
-        return model.eval()
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as e:
+        return model.float().eval()
+    except BROKEN as e:
         raise UserError(f"the {state.get('kind')} does not fit this code ({type(e).__name__}); train it again") from None
 
 
@@ -702,13 +714,11 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, counted, cut_words=True,
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
         objective = nn.parallel.DistributedDataParallel(objective)
     together = lambda x: x if world == 1 else (dist.all_reduce(x), x)[1]                        # the sum over processes
-    average = copy.deepcopy(model).requires_grad_(False) if ema else model
+    average = copy.deepcopy(model).requires_grad_(False) if ema else model                      # without ema one and the same
     kind = lambda k, p: "vector" if p.dim() < 2 else "hidden" if cfg.muon and (".attn." in k or ".mlp." in k) else "matrix"
     hidden, matrices, vectors = ([p for k, p in model.named_parameters() if kind(k, p) == x] for x in ("hidden", "matrix", "vector"))
     optimizers = [torch.optim.AdamW([dict(params=matrices), dict(params=vectors, weight_decay=0)], betas=(0.9, 0.98),
                                     weight_decay=cfg.weight_decay, fused=device.type != "mps")]
-    if cfg.muon and not hasattr(torch.optim, "Muon"):
-        raise UserError("--muon needs torch 2.9 or later; this is " + torch.__version__)
     if cfg.muon:
         optimizers.append(torch.optim.Muon(hidden, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
     parts = dict(model=model, average=average, **{type(o).__name__: o for o in optimizers})
@@ -726,19 +736,20 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, counted, cut_words=True,
                 raise UserError(f"{last} was started with another {', '.join(different)}; resume with the same")
             for name, part in parts.items():
                 part.load_state_dict(state[name])
-            step, best, horizon = state["step"], state["best"], state["horizon"]
+            step, best, horizon = max(int(state["step"]), 0), float(state["best"]), int(state["horizon"])
             if rank == 0:  # the steps after the checkpoint will come again
                 lines = [line for line in metrics.read_text().splitlines(True) if line.endswith("}\n") and json.loads(line)["step"] <= step]
                 write_whole(metrics, "".join(lines))
-        except (KeyError, ValueError, TypeError, RuntimeError) as e:
+        except BROKEN as e:
             raise UserError(f"{last} and {metrics.name} do not fit this code ({type(e).__name__}); start without --resume") from None
     save = lambda: rank or write_whole(last, dict(step=step, best=best, horizon=horizon, **{k: part.state_dict() for k, part in parts.items()}, **identity))
     print(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters on {device}, {cfg.max_steps} steps of "
           f"{cfg.batch_size * cfg.accumulate * world} rows of {corpus.N} tokens; the bar tells how long it will take", flush=True)
-    stops = []  # the first signal lets the step finish and be saved, a second one stops at once
+    stops = []  # a signal lets the step finish and be saved, then Ctrl-C stops at once
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: (stops.append(number), signal.signal(number, signal.SIG_DFL)))
+        signal.signal(number, lambda number, _: (stops.append(number), signal.signal(signal.SIGINT, signal.SIG_DFL)))
     bar = tqdm(total=cfg.max_steps, initial=step, desc=stage, mininterval=1, disable=rank > 0)
+    cfg.resume or save()  # from here on there is this run to resume, and no older one
     with open(metrics if rank == 0 else os.devnull, "a" if cfg.resume else "w") as log, bar:
         while step < cfg.max_steps:
             done = min(max(step - cfg.warmup, 0) / max(horizon - cfg.warmup, 1), 1)
@@ -750,16 +761,16 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, counted, cut_words=True,
                 # unspecified: the paper truncates rows at random; here the rows of a micro-batch share one length
                 N = max(corpus.N * int(rng.integers(4, 9)) // 8, 2)
                 batches.append((corpus.batch(rng, cfg.batch_size, N, device, cut_words), generator))
-            whole = together(torch.tensor([sum(counted(b) for b, _ in batches), len(stops)], device=device))
-            if whole[1]:  # a signal to any process stops all at the same step
+            total, stopped = together(torch.tensor([sum(counted(b) for b, _ in batches), len(stops)], device=device))
+            if stopped:  # a signal to any process stops all at the same step
                 save()
                 break
-            report = collections.Counter()
+            report = collections.Counter()                                      # adds the terms of all micro-batches
             for k, (batch, generator) in enumerate(batches):
                 objective.require_backward_grad_sync = k == len(batches) - 1    # processes exchange gradients once a step
                 with autocast:
                     losses = objective(loss_of, batch, generator, step)
-                share = counted(batch) / whole[0]
+                share = counted(batch) / total
                 (losses["loss"] * share * world).backward()                     # times world, as the exchange takes the mean
                 report.update({k: v.detach() * share for k, v in losses.items()})
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -783,6 +794,8 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, counted, cut_words=True,
             if rank == 0 and (step % cfg.eval_interval == 0 or step == cfg.max_steps):
                 with autocast:
                     val = evaluate(average)
+                if not math.isfinite(val["loss"]):
+                    raise UserError(f"step {step}: the val loss is not finite; --resume, or start again, at a lower --learning_rate")
                 print(json.dumps(dict(step=step, val=val)), file=log, flush=True)
                 if val["loss"] < best:
                     best = val["loss"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from textldm import (CONTEXT, TARGET, Corpus, DiTConfig, TextDiT, TextVAE, TrainConfig, UserError, VAEConfig, at_scale,
+from textldm import (CONTEXT, TARGET, Config, Corpus, DiTConfig, TextDiT, TextVAE, TrainConfig, UserError, VAEConfig, at_scale,
                      command_line, continue_texts, denoising_loss, flow_loss, load_checkpoint, model_from, option, pick_device,
                      run, train, weighted_mean)
 
@@ -24,7 +24,7 @@ PRESETS = dict(tiny=dict(max_steps=2400, eval_interval=800)) | {k: at_scale(*siz
 
 
 @dataclass
-class Stage2:
+class Stage2(Config):
     vae: str = option("", "checkpoint of stage 1 (OUT/vae.pt)")
     from_decoder: bool = option(True, "deviation: blocks begin as those of the VAE's decoder, if of their width")
 

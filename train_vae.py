@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from textldm import (GPT, Corpus, TextVAE, TrainConfig, UserError, VAEConfig, at_scale, command_line, option, pick_device, run,
+from textldm import (GPT, Config, Corpus, TextVAE, TrainConfig, UserError, VAEConfig, at_scale, command_line, option, pick_device, run,
                      teacher_features, train)
 
 # The paper has one VAE for all sizes of DiT. `tiny` learns slowly on purpose: a VAE that was trained harder reconstructed and
@@ -22,7 +22,7 @@ PRESETS = dict.fromkeys(("small", "medium", "large"), at_scale(9, 12, 768, chann
 
 
 @dataclass
-class Stage1:
+class Stage1(Config):
     teacher: str = option("", "frozen GPT for REPA: a checkpoint (OUT/gpt.pt), gpt2, gpt2-medium ..., a Hugging Face folder, or none")
 
 

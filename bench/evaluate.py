@@ -38,13 +38,13 @@ from tqdm import tqdm
 os.environ["HF_HUB_OFFLINE"] = "1"  # BERTScore is computed where its weights are, and never fetches them
 sys.path[:0] = [str(Path(__file__).resolve().parents[k]) for k in (0, 1)]
 from sample import SampleConfig, fit, generate, load_models, read_lines
-from textldm import (GPT, Corpus, TrunkConfig, UserError, command_line, continue_texts, cross_entropy, load_checkpoint,
+from textldm import (GPT, Config, Corpus, TrunkConfig, UserError, command_line, continue_texts, cross_entropy, load_checkpoint,
                      load_encoding, model_from, option, pick_device, run, write_whole)
 from train_masked import MaskedLM, unmask
 
 
 @dataclass
-class EvalConfig:
+class EvalConfig(Config):
     data: str = option("data/names", "folder of the prepared corpus that the models were trained on")
     out: str = option("out", "folder of the models; the reports go there too")
     benchmark: str = option("", 'file of JSON lines {"prompt", "reference"}; default: made once from val, in --data')
