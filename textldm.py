@@ -50,8 +50,6 @@ from tqdm import tqdm
 CONTEXT, TARGET, PADDING = 0, 1, 2
 Batch = collections.namedtuple("Batch", "tokens segment weight")  # (B, N) each
 TAIL_WEIGHT = 0.1  # below 1, which marks counted tokens. unspecified: enough to learn that nothing follows, too little to drown the text
-
-
 BROKEN = (KeyError, ValueError, TypeError, AttributeError, ArithmeticError, IndexError, RuntimeError)  # what a damaged or foreign file may raise
 
 
