@@ -60,6 +60,10 @@ def start(module, arguments, log, before=lambda: None):
     os._exit(code)
 
 
+def running(pid):
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
 def finish(pid, seconds=120):
     """The exit code of a process; -9 and the like for signals, None if it hangs."""
     until = time.time() + seconds
@@ -126,11 +130,11 @@ def break_runs(home, mode, trials, rng):
                     textldm.write_whole = full
             pid = start(module, arguments(home, stage, out), home / "log", before)
             if mode != "disk":
-                while not last.exists():
+                while not last.exists() and running(pid):
                     time.sleep(0.001)
                 if in_write:
                     time.sleep(rng.uniform(0, 0.5 * seconds[stage]))
-                    while not list(out.glob("*.tmp")) and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                    while not list(out.glob("*.tmp")) and running(pid):
                         pass
                 else:
                     time.sleep(rng.uniform(0, 0.8 * seconds[stage]))
@@ -140,7 +144,7 @@ def break_runs(home, mode, trials, rng):
             if code == 0:
                 continue  # it was done before the fault struck
             hits, writing = hits + 1, writing + (in_write and tmp)
-            expected = dict(kill=code == -9, term=code == 1 and "go on" in said or "goes on" in said, disk=code == 2 and "cannot write" in said)[mode]
+            expected = dict(kill=code == -9, term=code == 1 and "goes on" in said, disk=code == 2 and "cannot write" in said)[mode]
             resumed = finish(start(module, [*arguments(home, stage, out), "--resume"], home / "log")) if last.exists() else None
             wrong = ["exit code", code, said[-300:]] if not expected else ["resume", (home / "log").read_text()[-300:]] if resumed != 0 else lost(home, stage, out)
             good += not wrong
