@@ -36,7 +36,7 @@ seed() {
     once $out/s$1 train_dit.py $net --max_steps=$dit_steps
     once $out/norepa$1 train_vae.py $vae --teacher=none
     once $out/norepa$1 train_dit.py $net --max_steps=$dit_steps
-    # the longest that pays: more steps, up to the tokens or the seconds of TextLDM's three stages, only overfit (RESULTS.md)
+    # on names the longest that pays: more steps, up to the tokens of the three stages, only overfit (RESULTS.md); elsewhere as many tokens as those
     once $out/long$1 bench/train_gpt.py $net --max_steps=$gpt_steps
     once $out/paper$1 train_vae.py $vae --teacher=$out/s$1/gpt.pt --recipe=paper
     once $out/paper$1 train_dit.py $net --max_steps=$dit_steps --recipe=paper
