@@ -800,6 +800,7 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, counted, cut_words=True,
                     write_whole(out / f"{stage}.pt", dict(model=average.state_dict(), step=step, **identity))
                 save()
     if world > 1:
+        del objective  # torch 2.13: if it outlives the group, the threads of gloo and Python may wait for each other for ever
         dist.destroy_process_group()
     if step < cfg.max_steps:
         sys.exit(f"{stage}: stopped after step {step}; the same command with --resume goes on from there")
