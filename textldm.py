@@ -73,7 +73,7 @@ class Config:
 # ---- 1. Blocks: the pre-norm Transformer that all four networks (GPT, encoder, decoder, DiT) are stacks of
 @dataclass
 class TrunkConfig(Config):
-    n_layer: int = option(4, "Transformer blocks", 1)
+    n_layer: int = option(4, "Transformer blocks", 1, 999)
     n_head: int = option(4, "attention heads", 1)
     n_embd: int = option(192, "width of the residual stream", 1)
     block_size: int = option(64, "longest row in tokens; where rows are documents, at most the length that 99% of them have", 2, 2**16)
@@ -232,7 +232,7 @@ def teacher_features(teacher, tokens, eot):
 
 @dataclass
 class VAEConfig(TrunkConfig):
-    n_layer: int = option(2, "Transformer blocks in the encoder, and again in the decoder", 1)
+    n_layer: int = option(2, "Transformer blocks in the encoder, and again in the decoder", 1, 999)
     channels: int = option(16, "C, channels of a latent; the paper's best is 64", 1)
     beta: float = option(1e-3, "weight of the KL divergence (the paper's)", 0)
     beta_warmup: int = option(200, "steps over which beta grows from zero: first learn to write, then to compress", 0)
@@ -362,7 +362,7 @@ class TextDiT(nn.Module):
         h = self.from_latent(x) + self.segment_emb(is_target.long())            # (B, N, E)
         if self.config.self_condition and guess is not None:
             h = h + self.from_guess(guess * is_target[..., None])
-        mask = (segment != PADDING)[:, None, None, :] if (segment == PADDING).any() else None  # (B, 1, 1, N)
+        mask = None if self.training else (segment != PADDING)[:, None, None, :]  # (B, 1, 1, N); only sampling has padding
         h = self.trunk(h, mask, self.time_embedding(t) if self.config.adaln else None)
         return self.to_output(h).float()
 
@@ -639,8 +639,7 @@ def pick_device(name):
 
 
 def write_whole(path, content):
-    """Writes a text, or items as a checkpoint, beside and renames: whatever stops the machine or fills its disk, `path` is whole,
-    with the new content or the one before."""
+    """Writes a text, or items as a checkpoint, beside and renames: whatever happens, path is whole, with this or with what it had."""
     try:
         with open(f"{path}.tmp", "wb") as f:
             f.write(content.encode("utf-8", "replace")) if isinstance(content, str) else torch.save(content, f)
@@ -662,10 +661,9 @@ def load_checkpoint(path, kind, remedy, tokenizer=None):
             import safetensors.torch
             state = safetensors.torch.load_file(path)
         else:
-            if zipfile.is_zipfile(path):  # torch writes checksums and does not look at them; what is compressed may claim any size
-                z = zipfile.ZipFile(path)
-                if any(i.compress_type for i in z.infolist()) or z.testzip():
-                    raise ValueError("damaged")
+            z = zipfile.is_zipfile(path) and zipfile.ZipFile(path)
+            if z and (any(i.compress_type for i in z.infolist()) or z.testzip()):  # compressed, it may claim any size; testzip:
+                raise ValueError("damaged")                                     # torch writes checksums, and does not look at them
             state = dict(torch.load(path, map_location="cpu", weights_only=True))
     except ImportError:
         raise UserError(f"{path} needs one more package: pip install safetensors") from None
@@ -681,38 +679,32 @@ def load_checkpoint(path, kind, remedy, tokenizer=None):
 def model_from(cls, config_cls, state):
     try:
         config = config_cls(**state["config"])
-        if config.n_layer > len(state["model"]):
-            raise ValueError("layers without weights")
         with torch.device("meta"):  # no memory for what a config claims; `assign` takes the tensors that the file has
             model = cls(config)
         model.load_state_dict(state["model"], assign=True)
         return model.float().eval()
-    except BROKEN as e:
-        raise UserError(f"the {state.get('kind')} does not fit this code ({type(e).__name__}); train it again") from None
+    except (UserError, *BROKEN) as e:
+        raise UserError(f"the {state.get('kind')} does not fit this code ({type(e).__name__}: {str(e)[:40]!r}); train it again") from None
 
 
-class Objective(nn.ModuleDict):
-    """A loss as the forward of a module, for DistributedDataParallel to wrap."""
-
+class Objective(nn.ModuleDict):  # a loss as the forward of a module, for DistributedDataParallel to wrap
     def forward(self, loss_of, *micro_batch):
         return loss_of(self["net"], *micro_batch)
 
 
 def train(stage, cfg, model, corpus, loss_of, evaluate, counted, cut_words=True, ema=False, **extra):
-    """The loop of all stages. loss_of(net, batch, generator, step) and evaluate(model) return dicts with `loss`, the latter
-    on val; counted(batch) is the weight over which `loss` is a mean; extra is what else a resumed run must share (the VAE's teacher,
-    the DiT's VAE). Writes STAGE.pt (best by val; of averaged weights with `ema`), STAGE_last.pt and STAGE.jsonl.
-
-    Everything random comes from (seed, step, micro-batch) alone, so there is no state of it to save, and under torchrun K processes
-    with A micro-batches each compute what one with K A does."""
+    """The loop of all stages. loss_of(net, batch, generator, step) and evaluate(model) return dicts with `loss`, the latter on
+    val; counted(batch) is the weight over which `loss` is a mean; extra is what else a resumed run must share. Writes STAGE.pt (best
+    by val; of averaged weights with `ema`), STAGE_last.pt and STAGE.jsonl. All randomness comes from (seed, step, micro-batch): there
+    is no state of it to save, and under torchrun K processes of A micro-batches each compute what one with K A does."""
     (device, autocast), out = pick_device(cfg.device), Path(cfg.out)
     rank, world = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun sets them
     objective = Objective(dict(net=torch.compile(model.to(device)) if cfg.compile else model.to(device)))
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
         objective = nn.parallel.DistributedDataParallel(objective)
-    together = lambda x: x if world == 1 else (dist.all_reduce(x), x)[1]                        # the sum over processes
-    average = copy.deepcopy(model).requires_grad_(False) if ema else model                      # without ema one and the same
+    together = lambda x: x if world == 1 else (dist.all_reduce(x := x.to(device)), x)[1].cpu()  # the sum over processes
+    average = copy.deepcopy(model).requires_grad_(False).eval() if ema else model  # without ema one and the same
     kind = lambda k, p: "vector" if p.dim() < 2 else "hidden" if cfg.muon and (".attn." in k or ".mlp." in k) else "matrix"
     hidden, matrices, vectors = ([p for k, p in model.named_parameters() if kind(k, p) == x] for x in ("hidden", "matrix", "vector"))
     optimizers = [torch.optim.AdamW([dict(params=matrices), dict(params=vectors, weight_decay=0)], betas=(0.9, 0.98),
@@ -741,8 +733,8 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, counted, cut_words=True,
         except BROKEN as e:
             raise UserError(f"{last} and {metrics.name} do not fit this code ({type(e).__name__}); start without --resume") from None
     save = lambda: rank or write_whole(last, dict(step=step, best=best, horizon=horizon, **{k: part.state_dict() for k, part in parts.items()}, **identity))
-    print(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters on {device}, {cfg.max_steps} steps of "
-          f"{cfg.batch_size * cfg.accumulate * world} rows of {corpus.N} tokens; the bar tells how long it will take", flush=True)
+    size, B = sum(p.numel() for p in model.parameters()) / 1e6, cfg.batch_size * cfg.accumulate * world
+    print(f"{stage}: {size:.1f}M parameters on {device}, {cfg.max_steps} steps of {B} rows of {corpus.N} tokens", flush=True)
     stops = []  # a signal lets the step finish and be saved, then Ctrl-C stops at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: (stops.append(number), signal.signal(signal.SIGINT, signal.SIG_DFL)))
@@ -758,17 +750,17 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, counted, cut_words=True,
                 generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
                 # unspecified: the paper truncates rows at random; here the rows of a micro-batch share one length
                 N = max(corpus.N * int(rng.integers(4, 9)) // 8, 2)
-                batches.append((corpus.batch(rng, cfg.batch_size, N, device, cut_words), generator))
-            total, stopped = together(torch.tensor([sum(counted(b) for b, _ in batches), len(stops)], device=device))
+                batches.append((corpus.batch(rng, cfg.batch_size, N, cut_words=cut_words), generator))
+            total, stopped = together(torch.tensor([sum(counted(b) for b, _ in batches), len(stops)]))
             if stopped:  # a signal to any process stops all at the same step
                 save()
                 break
             report = collections.Counter()                                      # adds the terms of all micro-batches
             for k, (batch, generator) in enumerate(batches):
                 objective.require_backward_grad_sync = k == len(batches) - 1    # processes exchange gradients once a step
+                share, batch = counted(batch) / total, Batch(*(x.to(device) for x in batch))
                 with autocast:
                     losses = objective(loss_of, batch, generator, step)
-                share = counted(batch) / total
                 (losses["loss"] * share * world).backward()                     # times world, as the exchange takes the mean
                 report.update({k: v.detach() * share for k, v in losses.items()})
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -31,7 +31,7 @@ class MaskedLM(Trunk):
         init_weights(self)
 
     def forward(self, tokens, masked, segment):                                 # (B, N) each -> (B, N, V)
-        mask = (segment != PADDING)[:, None, None, :] if (segment == PADDING).any() else None
+        mask = None if self.training else (segment != PADDING)[:, None, None, :]
         return self.to_logits(super().forward(self.wte(tokens.masked_fill(masked, self.config.vocab_size)), mask)).float()
 
 
