@@ -24,7 +24,7 @@ class SampleConfig(Config):
     prompt: str = option("", "text to continue; may be empty, or end inside a word")
     n: int = option(1, "continuations of each prompt", 1)
     length: int = option(0, "tokens to write at most; 0: what a training row leaves after the prompt", 0)
-    steps: int = option(50, "Euler steps", 1)
+    steps: int = option(20, "Euler steps", 1)
     cfg: float = option(3.0, "guidance scale; 1: none", 0, 1000)
     seed: int = option(0, "seed of the noise", 0, 2**31)
     trace: bool = option(False, "print the text at a few steps of the way from noise")

@@ -139,7 +139,7 @@ def test_one_masked_pass_equals_two_separate_ones(vae):
 def test_dit_target_sees_context_and_context_is_clean(dit):
     _, segment, _ = make_batch()
     x = torch.randn(4, N, C, requires_grad=True)
-    output = dit(x, segment, torch.full((4,), 0.5))
+    output = dit(x, segment, torch.full((4,), 0.5), torch.zeros_like(x))
     grad, = torch.autograd.grad(output[segment == TARGET].sum(), x)
     assert (grad[segment == CONTEXT] != 0).any(-1).all()
     z_0, eps, t = torch.randn(4, N, C), torch.randn(4, N, C), torch.full((4,), 0.7)
@@ -272,12 +272,13 @@ def test_an_exact_velocity_has_no_loss_and_its_estimate_is_the_data(dit):
 def test_self_conditioning_tells_some_rows_what_a_first_pass_estimated_of_the_targets(dit):
     tokens, segment, _ = make_batch()
     z_0, eps, t, forward, guesses = torch.randn(4, N, C), torch.randn(4, N, C), torch.rand(4), dit.forward, []
-    dit.forward = lambda x, segment, t, guess=None: guesses.append(guess) or forward(x, segment, t, guess)
+    dit.forward = lambda x, segment, t, guess: guesses.append(guess.clone()) or forward(x, segment, t, guess)
     loss, output, x = denoising_loss(dit, z_0, tokens, segment, t, eps, with_guess=2)
     first, guess = guesses
-    assert first is None and not guess[2:].any() and not guess.requires_grad
-    assert torch.allclose(guess[:2], dit.estimate(forward(x, segment, t), x, t)[:2], atol=1e-5)
-    assert not torch.allclose(forward(x, segment, t)[:2], output[:2], atol=1e-3)
+    assert not first.any() and not guess[2:].any() and not guess.requires_grad
+    alone = forward(x, segment, t, torch.zeros_like(x))
+    assert torch.allclose(guess[:2], dit.estimate(alone, x, t)[:2], atol=1e-5)
+    assert not torch.allclose(alone[:2], output[:2], atol=1e-3)
     elsewhere = torch.where((segment == CONTEXT)[..., None], guess + 1, guess)  # there an estimate means nothing
     assert torch.equal(forward(x, segment, t, elsewhere), output)
 
@@ -320,7 +321,7 @@ def test_an_exact_posterior_samples_tokens_as_often_as_they_are():
                         to_output=lambda z: p.log() - ((z[..., None, :] - (1 - now["t"]) * dit.latent_of) / now["t"]).square().sum(-1) / 2).items():
         delattr(dit, name)
         setattr(dit, name, f)
-    z = euler(lambda z, t: now.update(t=t) or (z - dit.estimate(dit(z, segment, t[None]), z, t[None])) / t, torch.randn(1, 4000, 2, generator=torch.Generator().manual_seed(0)),
+    z = euler(lambda z, t: now.update(t=t) or (z - dit.estimate(dit(z, segment, t[None], torch.zeros_like(z)), z, t[None])) / t, torch.randn(1, 4000, 2, generator=torch.Generator().manual_seed(0)),
               torch.linspace(1, 0, 201))
     distance, token = (z[0, :, None] - dit.latent_of).norm(dim=-1).min(-1)
     assert distance.quantile(0.99) < 0.02 and ((token.bincount() / 4000) - p).abs().max() < 0.02
@@ -328,7 +329,7 @@ def test_an_exact_posterior_samples_tokens_as_often_as_they_are():
 
 def test_a_low_temperature_points_to_the_likeliest_token_and_leaves_other_velocities(dit):
     x, segment, t = torch.randn(4, N, C), make_batch().segment, torch.full((4,), 0.5)
-    output = dit(x, segment, t)
+    output = dit(x, segment, t, torch.zeros_like(x))
     warm, cold = (dit.estimate(output, x, t, temperature) for temperature in (1.0, 0.0))
     if dit.config.predict_tokens:
         assert not torch.allclose(warm, cold) and torch.allclose(cold, dit.latent_of[output.argmax(-1)], atol=1e-4)
@@ -351,13 +352,13 @@ def test_latents_of_tokens_are_their_means(vae):
 
 def test_guidance_scale_1_is_the_conditional_model_and_0_the_unconditional(dit):
     _, segment, _ = make_batch()
-    context, z, t = torch.randn(4, N, C), torch.randn(4, N, C), torch.tensor(0.4)
+    context, z, guess, t = torch.randn(4, N, C), torch.randn(4, N, C), torch.randn(4, N, C), torch.tensor(0.4)
     is_target = (segment == TARGET)[..., None]
     both = [torch.where(is_target, z, x) for x in (context, 0.0)]
-    conditional, unconditional = (dit.estimate(dit(x, segment, t.expand(4)), x, t.expand(4)) for x in both)
+    conditional, unconditional = (dit.estimate(dit(x, segment, t.expand(4), guess), x, t.expand(4)) for x in both)
     assert not torch.allclose(conditional, unconditional, atol=1e-3)
     for scale, z_0 in ((1, conditional), (1 + 1e-7, conditional), (0, unconditional), (3, unconditional + 3 * (conditional - unconditional))):
-        new = guided_estimate(dit, z, t, context, segment, scale)
+        new = guided_estimate(dit, z, t, guess, context, segment, scale)
         assert torch.allclose(new[segment == TARGET], z_0[segment == TARGET], atol=1e-4), scale
 
 
@@ -409,11 +410,11 @@ def test_texts_stop_at_the_end_of_text(vae, dit):
 
 def test_each_step_is_told_what_the_one_before_estimated(vae, dit, monkeypatch):
     told, made, real = [], [], textldm.guided_estimate
-    monkeypatch.setattr(textldm, "guided_estimate", lambda *a: told.append(a[-1]) or made.append(real(*a)) or made[-1])
+    monkeypatch.setattr(textldm, "guided_estimate", lambda *a: told.append(a[3]) or made.append(real(*a)) or made[-1])
     continue_texts(vae, dit, [[1, 2], [3]], 6, EOT, steps=4)
     assert not told[0].any() and all(a is b for a, b in zip(told[1:], made)) and len(told) == 4
-    assert not torch.equal(*(real(dit, made[0], torch.tensor(0.5), made[0], make_batch().segment[:2, : made[0].shape[1]], 2.0, 1.0, guess)
-                             for guess in (made[0], None)))
+    assert not torch.equal(*(real(dit, made[0], torch.tensor(0.5), guess, made[0], make_batch().segment[:2, : made[0].shape[1]], 2.0)
+                             for guess in (made[0], 0 * made[0])))
 
 
 def test_a_dit_begins_as_the_decoder_of_its_width(vae):
@@ -721,6 +722,17 @@ def test_resume_equals_no_interruption(home, tmp_path, monkeypatch, how):
         assert (home / f"out/{stage}.jsonl").read_text() == lines
 
 
+def test_the_teacher_was_trained_at_every_position_that_it_reads_for_the_vae(home, tmp_path, monkeypatch):
+    taken = {}
+    take = lambda stage, cfg, model, corpus, loss_of, *rest, **more: taken.update({stage: (model, corpus, loss_of)})
+    for path, teacher in (("bench/train_gpt.py", ""), ("train_vae.py", f"--teacher={home / 'out/gpt.pt'}")):
+        monkeypatch.setattr(textldm, "train", take)
+        train(home, path, "--block_size=16", *[teacher] * bool(teacher))
+    (gpt, corpus, loss_of), (_, of_vae, _) = taken["gpt"], taken["vae"]
+    loss_of(gpt, corpus.batch(np.random.default_rng(0), 200, corpus.N, cut_words=False))["loss"].backward()
+    assert gpt.wpe.weight.grad.abs().sum(1).count_nonzero() == of_vae.N + 1 == gpt.config.block_size
+
+
 def test_more_steps_go_on_at_the_last_rate(home, tmp_path):
     home = copy_of(home, tmp_path)
     train(home, "bench/train_gpt.py", "--resume", "--warmup=100", steps=6)
@@ -761,16 +773,18 @@ def processes(world, *command, seconds=100):
 
 def test_two_processes_learn_what_one_does(home, tmp_path):
     """As torchrun would run them, against one with two micro-batches a step."""
-    if processes(2, "-c", "import torch.distributed as d, torch; d.init_process_group('gloo'); d.all_reduce(torch.ones(1))") != [0, 0]:
+    if processes(2, "-c", "import torch.distributed as d, torch; d.init_process_group('gloo'); d.all_reduce(torch.ones(1)); d.destroy_process_group()") != [0, 0]:
         pytest.skip("two processes of torch's gloo do not reach each other on this machine")
-    losses = {}
+    losses, sizes = {}, [f"--{k}={v}" for k, v in SMALL.items()]
+    common = ["train_vae.py", "--data", home / "data", "--teacher", home / "out/gpt.pt", "--max_steps=6", "--batch_size=8", "--log_interval=1",
+              "--device=cpu", *sizes]
     for name, world, more in (("one", 1, ["--accumulate=2"]), ("two", 2, [])):
-        assert processes(world, "train_vae.py", "--data", home / "data", "--out", tmp_path / name, "--teacher", home / "out/gpt.pt", "--max_steps=6",
-                         "--batch_size=8", "--log_interval=1", "--device=cpu", *[f"--{k}={v}" for k, v in SMALL.items()], *more) == [0] * world
+        assert processes(world, *common, "--out", tmp_path / name, *more) == [0] * world
         lines = map(json.loads, (tmp_path / name / "vae.jsonl").read_text().splitlines())
         losses[name] = [(line["loss"], line["norm"]) for line in lines if "norm" in line]
     assert len(losses["one"]) == 6 and np.array(losses["two"]) == pytest.approx(np.array(losses["one"]), rel=2e-3)
     assert losses["two"][0] == pytest.approx(losses["one"][0], rel=1e-5)
+    assert processes(2, *common, "--out", tmp_path / "lost", "--learning_rate=1e38", "--warmup=0") == [2, 2], "both say what was wrong and end"
 
 
 def test_training_learns_and_remembers(home, tmp_path):

@@ -13,7 +13,7 @@ Shapes   B rows in a batch      N tokens in a row           V tokens in the voca
 Time     t = 1 is noise and t = 0 is data, everywhere. The path between them is straight,
          z_t = (1 - t) z_0 + t eps, so its velocity is dz_t/dt = eps - z_0.
 Rows     hold two texts, a context, then the target that continues it (Corpus.batch makes them). `segment` (B, N) marks tokens
-         CONTEXT or TARGET, or PADDING, which nothing else sees, behind a row sampled beside longer ones. A target that ends
+         CONTEXT or TARGET, or, when sampling, PADDING, which nothing else sees, behind a row beside longer ones. A target that ends
          before its row is followed by a tail of end-of-text tokens. `weight` (B, N) is 1 for the counted tokens, text up to
          and including its end-of-text, and TAIL_WEIGHT in the tail, which is trained lightly, so that samples stop. What
          stages 1 and 2 minimise (`loss`) is averaged by weight; what else they report is over counted tokens.
@@ -23,7 +23,7 @@ Tags     `unspecified:` the paper is silent and the choice is ours.   `deviation
 [VAE] Kingma, Welling 2013, 1312.6114     [DiT] Peebles, Xie 2022, 2212.09748    [REPA] Yu et al. 2024, 2410.06940
 [FM] Lipman et al. 2022, 2210.02747       [SD3] Esser et al. 2024, 2403.03206    [CFG] Ho, Salimans 2022, 2207.12598
 [AB] Chen et al. 2022, 2208.04202
-Short of time? Read TextDiT.forward and part 5 (the loss and the sampler), then TextVAE.forward.
+Short of time? Read TextDiT's forward and estimate, part 5 (the loss and the sampler), then TextVAE.forward.
 """
 
 import argparse
@@ -67,7 +67,7 @@ class Config:
         for f in fields(self):
             value, low, high = getattr(self, f.name), f.metadata.get("low", 0), f.metadata.get("high")
             if type(value) is not f.type or not (low is None or value >= low) or not (high is None or value <= high):
-                raise UserError(f"--{f.name}={value} is out of range: {low} to {'any' if high is None else high}")
+                raise UserError(f"--{f.name}={value!r} is no {f.type.__name__} of {low} to {'any' if high is None else high}")
 
 
 # ---- 1. Blocks: the pre-norm Transformer that all four networks (GPT, encoder, decoder, DiT) are stacks of
@@ -270,7 +270,8 @@ class TextVAE(nn.Module):
 
     def decode(self, z, segment):
         """Raw latents z (B, N, C) -> logits (B, N, V) of all tokens at once."""
-        return self.to_logits(self.decoder(self.from_latent(z).float(), same_segment(segment))).float()
+        x = self.from_latent(z).float()  # (B, N, E): under autocast products are bf16, the residual stream is not
+        return self.to_logits(self.decoder(x, same_segment(segment))).float()
 
     def alignment(self, student, features):
         """REPA [REPA]: cosine (B, N) of the student, linearly projected, and the frozen teacher's features (B, N, E_teacher).
@@ -295,8 +296,7 @@ class TextVAE(nn.Module):
         cos = torch.zeros_like(ce) if features is None else self.alignment(student, features)  # (B, N)
         loss = ce + (self.config.beta if beta is None else beta) * kl - self.config.repa * cos
         report = dict(ce=ce, kl=kl, cos=cos, accuracy=(logits.argmax(-1) == tokens).float())
-        report = {k: weighted_mean(x.detach(), weight == 1) for k, x in report.items()}
-        return dict(report, loss=weighted_mean(loss, weight))
+        return {k: weighted_mean(x.detach(), weight == 1) for k, x in report.items()} | dict(loss=weighted_mean(loss, weight))
 
     @torch.no_grad()
     def standardise(self, batches):
@@ -317,7 +317,7 @@ class TextVAE(nn.Module):
         return self.decode(z * self.z_std + self.z_mean, segment).argmax(-1)
 
 
-# ---- 4. The DiT: what clean latents noisy target latents come from, given the context's ------------------
+# ---- 4. The DiT: estimates the clean latents of the target, from noisy ones and the context's clean ones ---
 @dataclass
 class DiTConfig(TrunkConfig):
     channels: int = 0  # C, the VAE's
@@ -354,26 +354,26 @@ class TextDiT(nn.Module):
         angle = 1000 * t[:, None] * 10000 ** (-torch.arange(half, device=t.device) / half)  # (B, E/2)
         return self.time_mlp(torch.cat((angle.cos(), angle.sin()), dim=-1))     # (B, E)
 
-    def forward(self, x, segment, t, guess=None):
+    def forward(self, x, segment, t, guess):
         """x (B, N, C), clean (or dropped: zero) where segment is CONTEXT, noisy where TARGET; t (B,); guess (B, N, C): an earlier
         estimate of the targets' z_0, zero where there is none. Returns velocities (B, N, C), or with `predict_tokens` logits
         (B, N, V) of the tokens given all of x."""
         is_target = segment == TARGET                                           # (B, N)
         h = self.from_latent(x) + self.segment_emb(is_target.long())            # (B, N, E)
-        if self.config.self_condition and guess is not None:
+        if self.config.self_condition:
             h = h + self.from_guess(guess * is_target[..., None])
         mask = None if self.training else (segment != PADDING)[:, None, None, :]  # (B, 1, 1, N); only sampling has padding
         h = self.trunk(h, mask, self.time_embedding(t) if self.config.adaln else None)
         return self.to_output(h).float()
 
     def estimate(self, output, x, t, temperature=1.0):
-        """The clean latents E[z_0 | x] (B, N, C) that forward's output for x (B, N, C) and t (B,) amounts to. A temperature below
-        1 makes them those of likelier tokens."""
+        """The clean latents E[z_0 | x] (B, N, C), as forward's output for x (B, N, C) and t (B,) has them. A temperature below 1
+        makes them those of likelier tokens."""
         if not self.config.predict_tokens:
             return x - t[:, None, None] * output                                # where the path ends if it is straight
         # E[z_0 | x] is the sum over tokens of p(token | x) E[z_0 | token, x]. Instead of the latter `latent_of` has
-        # E[z_0 | token]: what a latent holds beyond its token (train_dit.py prints how much) is in the context, and in the
-        # noisy targets of training, but never in a sample.
+        # E[z_0 | token]: what a latent holds beyond its token (train_dit.py prints how much) is not in a sample, where all
+        # estimates come from this table; it is in the context and in the noisy targets of training.
         return (output / max(temperature, 1e-4)).softmax(-1) @ self.latent_of
 
 
@@ -385,10 +385,10 @@ def logit_normal(u, config):
 
 
 def denoising_loss(dit, z_0, tokens, segment, t, eps, drop=None, with_guess=0):
-    """Flow matching (Eq. 5 of [TextLDM]): latents z_0 and noise eps (B, N, C), their tokens (B, N), times t (B,); rows where
-    drop (B,) is true have zeros for a context; the first `with_guess` rows are told the estimate of a first pass, as samples are
-    that of the step before (self-conditioning [AB]). Returns the loss (B, N), of meaning on the target only, and the DiT's output
-    with the x that it is for."""
+    """What flow_loss draws is given here: latents z_0 and noise eps (B, N, C), their tokens (B, N), times t (B,); rows where drop
+    (B,) is true have zeros for a context; the first `with_guess` rows are told the estimate of a first pass, as samples are that of
+    the step before (self-conditioning [AB]). Returns the loss (B, N), cross-entropy or, of velocities, flow matching's squared
+    error (Eq. 5 of [TextLDM]), of meaning on the target only, and the DiT's output with the x that it is for."""
     at = t[:, None, None]                                                       # (B, 1, 1)
     z_t = (1 - at) * z_0 + at * eps                                             # (B, N, C)
     context = z_0 if drop is None else z_0.masked_fill(drop[:, None, None], 0)
@@ -396,7 +396,7 @@ def denoising_loss(dit, z_0, tokens, segment, t, eps, drop=None, with_guess=0):
     if dit.config.self_condition and with_guess:
         with torch.no_grad():
             some_x, some_segment, some_t = (a[:with_guess] for a in (x, segment, t))
-            guess[:with_guess] = dit.estimate(dit(some_x, some_segment, some_t), some_x, some_t)
+            guess[:with_guess] = dit.estimate(dit(some_x, some_segment, some_t, guess[:with_guess]), some_x, some_t)
         torch.clear_autocast_cache()  # before torch 2.10 the second pass would reuse weights cast without a gradient (pytorch#112583)
     output = dit(x, segment, t, guess)
     loss = cross_entropy(output, tokens) if dit.config.predict_tokens else (output - (eps - z_0)).square().mean(-1)
@@ -406,24 +406,23 @@ def denoising_loss(dit, z_0, tokens, segment, t, eps, drop=None, with_guess=0):
 def flow_loss(dit, vae, batch, generator):
     """The loss of stage 2 on a batch, a dict; times, noise and dropped contexts come from the generator."""
     z_0 = vae.latents(batch.tokens, batch.segment)                              # (B, N, C)
-    u, drop = torch.rand(2, len(z_0), generator=generator, device=z_0.device)   # (B,) each
+    u, luck = torch.rand(2, len(z_0), generator=generator, device=z_0.device)   # (B,) each
     eps = torch.randn(z_0.shape, generator=generator, device=z_0.device)
-    t, drop = logit_normal(u, dit.config), drop < dit.config.context_drop
+    t, drop = logit_normal(u, dit.config), luck < dit.config.context_drop
     loss, *_ = denoising_loss(dit, z_0, batch.tokens, batch.segment, t, eps, drop, with_guess=(len(z_0) + 1) // 2)
     return dict(loss=weighted_mean(loss, batch.weight * (batch.segment == TARGET)))
 
 
-def guided_estimate(dit, z, t, context, segment, cfg_scale, temperature=1.0, guess=None):
-    """e_u + w (e_c - e_u) [CFG], of the estimates of z_0 with and without the context, for latents z (B, N, C) at time t: velocities,
-    affine in them, are guided alike. w = 1 is the conditional model, at half the cost. context (B, N, C) holds clean latents;
-    what z holds in their places is never looked at."""
+def guided_estimate(dit, z, t, guess, context, segment, cfg_scale, temperature=1.0):
+    """e_u + w (e_c - e_u) [CFG], of the estimates of z_0 with and without the context, for latents z (B, N, C) at time t and the
+    estimate before, guess (B, N, C). To guide estimates is to guide velocities, which are (z - e) / t. w = 1 is the conditional
+    model, at half the cost. context (B, N, C) holds clean latents; what z holds in their places is never looked at."""
     is_target, t = (segment == TARGET)[..., None], t.expand(len(z))             # (B, N, 1), (B,)
     x = torch.where(is_target, z, context)                                      # (B, N, C)
     if cfg_scale == 1:
         return dit.estimate(dit(x, segment, t, guess), x, t, temperature)
-    x, t = torch.cat((x, torch.where(is_target, z, 0.0))), t.repeat(2)          # (2 B, N, C), the latter as with a dropped context
-    guess = None if guess is None else guess.repeat(2, 1, 1)
-    e_c, e_u = dit.estimate(dit(x, segment.repeat(2, 1), t, guess), x, t, temperature).chunk(2)
+    x, t = torch.cat((x, torch.where(is_target, z, 0.0))), t.repeat(2)          # (2 B, N, C): the last B rows without their context
+    e_c, e_u = dit.estimate(dit(x, segment.repeat(2, 1), t, guess.repeat(2, 1, 1)), x, t, temperature).chunk(2)
     return e_u + cfg_scale * (e_c - e_u)
 
 
@@ -457,7 +456,7 @@ def texts_of(tokens, segment, eot):
 
 
 @torch.no_grad()
-def continue_texts(vae, dit, prompts, length, eot, steps=50, cfg_scale=3.0, temperature=0.7, seed=0, callback=None):
+def continue_texts(vae, dit, prompts, length, eot, steps=20, cfg_scale=3.0, temperature=0.7, seed=0, callback=None):
     """Continues each prompt (ids, maybe none) by up to `length` tokens, or to the end of a training row. Returns
     lists of ids, with `eot` where the text ended. callback(t, texts) sees the text that each step points to."""
     tokens, segment = rows_of(prompts, length, dit.config.block_size, eot)     # (B, N) each
@@ -472,7 +471,7 @@ def continue_texts(vae, dit, prompts, length, eot, steps=50, cfg_scale=3.0, temp
 
     def velocity(z, t):
         nonlocal guess
-        guess = guided_estimate(dit, z, t, context, segment, cfg_scale, temperature, guess)
+        guess = guided_estimate(dit, z, t, guess, context, segment, cfg_scale, temperature)
         return (z - guess) / t                                                  # eps - z_0, as z = (1 - t) z_0 + t eps
 
     return texts(euler(velocity, z, times, callback and (lambda t, z, z_0: callback(float(t), texts(z_0)))))
@@ -575,7 +574,7 @@ class TrainConfig(Config):
     seed: int = option(1, "seed of everything random", 0, 2**31)
     batch_size: int = option(192, "rows in a micro-batch", 1)
     accumulate: int = option(1, "micro-batches in a step", 1)
-    max_steps: int = option(500, "optimiser steps", 1)
+    max_steps: int = option(500, "optimiser steps; more of them with --resume go on at the last rate", 1)
     learning_rate: float = option(0.0, "at its peak; 0: 4e-3 with Muon, 1e-3 without", 0)
     warmup: int = option(100, "steps of linear warm-up, before a cosine down to a tenth", 0)
     weight_decay: float = option(0.01, "on matrices only (the paper's)", 0)
@@ -603,7 +602,7 @@ def command_line(description, *types, presets=None):
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     if presets:
         parser.add_argument("--preset", choices=presets, default="tiny", help="sizes and schedule (tiny)")
-        parser.add_argument("--recipe", choices=("ours", "paper"), default="ours", help="paper: without our deviations (ours)")
+        parser.add_argument("--recipe", choices=("ours", "paper"), default="ours", help="paper: its choice where an option is a deviation, before presets (ours)")
     tiny = (presets or {}).get("tiny", {})
     for f in [f for t in types for f in fields(t) if f.metadata]:
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
@@ -616,10 +615,14 @@ def command_line(description, *types, presets=None):
 
 def run(main):  # a script's; what the user can mend becomes one line and exit code 2
     try:
-        main()
+        code = main()
     except (UserError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as e:
-        print(f"error: {str(e) or 'stopped'}", file=sys.stderr)
-        sys.exit(2)
+        code = print(f"error: {str(e) or 'stopped'}", file=sys.stderr) or 2
+    except SystemExit as e:
+        code = e.code
+    if dist.is_initialized():  # only now, when nothing holds DDP: of torch 2.13 its end and that of gloo's threads may wait for each other
+        dist.destroy_process_group()
+    sys.exit(code) if code else None
 
 
 def pick_device(name):
@@ -633,8 +636,8 @@ def pick_device(name):
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device={name} is not to be had here ({str(e).splitlines()[0][:80]})") from None
     torch.backends.cuda.enable_flash_sdp(device.type != "cpu")  # on a CPU's short rows the plain kernel trains 1.5 times as fast
-    bf16 = dict(cpu=getattr(torch.cpu, "_is_avx512_bf16_supported", bool), mps=bool,
-                cuda=lambda: torch.cuda.is_bf16_supported(including_emulation=False))[device.type]()
+    bf16 = dict(cpu=getattr(torch.cpu, "_is_avx512_bf16_supported", bool),
+                cuda=lambda: torch.cuda.is_bf16_supported(including_emulation=False)).get(device.type, bool)()
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
@@ -692,9 +695,9 @@ class Objective(nn.ModuleDict):  # a loss as the forward of a module, for Distri
         return loss_of(self["net"], *micro_batch)
 
 
-def train(stage, cfg, model, corpus, loss_of, evaluate, counted, cut_words=True, ema=False, **extra):
+def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=True, ema=False, **extra):
     """The loop of all stages. loss_of(net, batch, generator, step) and evaluate(model) return dicts with `loss`, the latter on
-    val; counted(batch) is the weight over which `loss` is a mean; extra is what else a resumed run must share. Writes STAGE.pt (best
+    val; weight_of(batch) is the weight over which its terms are a mean; extra is what else a resumed run must share. Writes STAGE.pt (best
     by val; of averaged weights with `ema`), STAGE_last.pt and STAGE.jsonl. All randomness comes from (seed, step, micro-batch): there
     is no state of it to save, and under torchrun K processes of A micro-batches each compute what one with K A does."""
     (device, autocast), out = pick_device(cfg.device), Path(cfg.out)
@@ -704,7 +707,7 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, counted, cut_words=True,
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
         objective = nn.parallel.DistributedDataParallel(objective)
     together = lambda x: x if world == 1 else (dist.all_reduce(x := x.to(device)), x)[1].cpu()  # the sum over processes
-    average = copy.deepcopy(model).requires_grad_(False).eval() if ema else model  # without ema one and the same
+    average = copy.deepcopy(model).requires_grad_(False) if ema else model  # without ema one and the same
     kind = lambda k, p: "vector" if p.dim() < 2 else "hidden" if cfg.muon and (".attn." in k or ".mlp." in k) else "matrix"
     hidden, matrices, vectors = ([p for k, p in model.named_parameters() if kind(k, p) == x] for x in ("hidden", "matrix", "vector"))
     optimizers = [torch.optim.AdamW([dict(params=matrices), dict(params=vectors, weight_decay=0)], betas=(0.9, 0.98),
@@ -726,15 +729,15 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, counted, cut_words=True,
                 raise UserError(f"{last} was started with another {', '.join(different)}; resume with the same")
             for name, part in parts.items():
                 part.load_state_dict(state[name])
-            step, best, horizon = max(int(state["step"]), 0), float(state["best"]), int(state["horizon"])
+            step, best, horizon = int(state["step"]), float(state["best"]), int(state["horizon"])
             if rank == 0:  # the steps after the checkpoint will come again
-                lines = [line for line in metrics.read_text().splitlines(True) if line.endswith("}\n") and json.loads(line)["step"] <= step]
-                write_whole(metrics, "".join(lines))
-        except BROKEN as e:
+                kept = lambda line: line.endswith("}\n") and json.loads(line)["step"] <= step
+                write_whole(metrics, "".join(filter(kept, metrics.read_text().splitlines(True))))
+            del state, before  # they have the size of all parts together
+        except (OSError, *BROKEN) as e:
             raise UserError(f"{last} and {metrics.name} do not fit this code ({type(e).__name__}); start without --resume") from None
     save = lambda: rank or write_whole(last, dict(step=step, best=best, horizon=horizon, **{k: part.state_dict() for k, part in parts.items()}, **identity))
-    size, B = sum(p.numel() for p in model.parameters()) / 1e6, cfg.batch_size * cfg.accumulate * world
-    print(f"{stage}: {size:.1f}M parameters on {device}, {cfg.max_steps} steps of {B} rows of {corpus.N} tokens", flush=True)
+    print(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters on {device}, rows of {corpus.N} tokens", flush=True)
     stops = []  # a signal lets the step finish and be saved, then Ctrl-C stops at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: (stops.append(number), signal.signal(signal.SIGINT, signal.SIG_DFL)))
@@ -751,14 +754,14 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, counted, cut_words=True,
                 # unspecified: the paper truncates rows at random; here the rows of a micro-batch share one length
                 N = max(corpus.N * int(rng.integers(4, 9)) // 8, 2)
                 batches.append((corpus.batch(rng, cfg.batch_size, N, cut_words=cut_words), generator))
-            total, stopped = together(torch.tensor([sum(counted(b) for b, _ in batches), len(stops)]))
+            total, stopped = together(torch.tensor([sum(weight_of(b) for b, _ in batches), len(stops)]))
             if stopped:  # a signal to any process stops all at the same step
                 save()
                 break
             report = collections.Counter()                                      # adds the terms of all micro-batches
             for k, (batch, generator) in enumerate(batches):
                 objective.require_backward_grad_sync = k == len(batches) - 1    # processes exchange gradients once a step
-                share, batch = counted(batch) / total, Batch(*(x.to(device) for x in batch))
+                share, batch = weight_of(batch) / total, Batch(*(x.to(device) for x in batch))
                 with autocast:
                     losses = objective(loss_of, batch, generator, step)
                 (losses["loss"] * share * world).backward()                     # times world, as the exchange takes the mean
@@ -783,7 +786,8 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, counted, cut_words=True,
                 bar.set_postfix({k: f"{v:.3g}" for k, v in report.items()}, refresh=False)
             if rank == 0 and (step % cfg.eval_interval == 0 or step == cfg.max_steps):
                 with autocast:
-                    val = evaluate(average)
+                    val = evaluate(average.eval())
+                model.train()
                 if not math.isfinite(val["loss"]):
                     raise UserError(f"step {step}: the val loss is not finite; --resume, or start again, at a lower --learning_rate")
                 print(json.dumps(dict(step=step, val=val)), file=log, flush=True)
@@ -791,9 +795,6 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, counted, cut_words=True,
                     best = val["loss"]
                     write_whole(out / f"{stage}.pt", dict(model=average.state_dict(), step=step, **identity))
                 save()
-    if world > 1:
-        del objective  # torch 2.13: if it outlives the group, the threads of gloo and Python may wait for each other for ever
-        dist.destroy_process_group()
     if step < cfg.max_steps:
         sys.exit(f"{stage}: stopped after step {step}; the same command with --resume goes on from there")
     print(f"{stage}: wrote {out / f'{stage}.pt'} (best by val loss) and {last} (to --resume)")

@@ -42,8 +42,9 @@ def latents_of_tokens(vae, batches):
 
 
 def begin_as_decoder(dit, vae):
-    """Copies the blocks of the VAE's decoder to the DiT's, each to as many as it has to serve, where both have one width: who reads
-    clean latents learns sooner to read noisy ones. Input and output layers are fresh, and adaLN, which the decoder has not, stays zero."""
+    """Copies the blocks of the VAE's decoder to the DiT's, two to four as 1, 1, 2, 2, where both have the same width and heads (not in
+    the presets medium and large): who reads clean latents learns sooner to read noisy ones. Input and output layers are fresh, and
+    adaLN, which the decoder has not, stays zero."""
     theirs, ours = vae.decoder.h, dit.trunk.h
     if (vae.config.n_embd, vae.config.n_head) == (dit.config.n_embd, dit.config.n_head):
         for i, block in enumerate(ours):
@@ -99,8 +100,8 @@ def main():
         dit.latent_of.copy_(latents_of_tokens(vae, corpus.fixed_batches(64, device)))
     if stage.from_decoder:
         begin_as_decoder(dit, vae)
-    counted = lambda batch: (batch.weight * (batch.segment == TARGET)).sum()
-    train("dit", cfg, dit, corpus, loss_of, evaluate, counted, ema=True, vae=vae.z_mean.tolist())
+    weight_of = lambda batch: (batch.weight * (batch.segment == TARGET)).sum()
+    train("dit", cfg, dit, corpus, loss_of, evaluate, weight_of, ema=True, vae=vae.z_mean.tolist())  # by which sample.py knows its VAE
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def main():
         return dict(mean, active=active)
 
     identity = hashlib.sha256(teacher.wte.weight.cpu().numpy().tobytes()).hexdigest() if teacher else "none"
-    train("vae", cfg, vae, corpus, loss_of, evaluate, counted=lambda b: b.weight.sum(), teacher=identity)
+    train("vae", cfg, vae, corpus, loss_of, evaluate, weight_of=lambda b: b.weight.sum(), teacher=identity)
 
 
 if __name__ == "__main__":

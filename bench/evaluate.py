@@ -55,7 +55,7 @@ class EvalConfig(Config):
     texts: str = option("", 'what another system wrote: JSON lines {"prompt", "text"}, matched by prompt')
     evaluator: str = option("", "GPT that scores: a checkpoint (OUT/evaluator/gpt.pt), gpt2-large, or a Hugging Face folder")
     cfg: str = option("1,1.5,2,3,5", "guidance scales to choose from")
-    steps: str = option("20,50", "Euler steps to choose from")
+    steps: str = option("10,20", "Euler steps to choose from")
     temperature: str = option("0.7,0.85,1", "temperatures to choose from")
     top_p: str = option("0.9,1", "nuclei of the GPT to choose from")
     clusters: int = option(50, "of MAUVE; only equal ones compare", 2)

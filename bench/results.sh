@@ -59,6 +59,6 @@ for s in $seeds; do
     systems+=",textldm $s=textldm:$out/s$s,no repa $s=textldm:$out/norepa$s,paper $s=textldm:$out/paper$s"
     [ -z "$masked" ] || systems+=",masked $s=masked:$out/masked$s/masked.pt"
 done
-judge() { python bench/evaluate.py --data=$data --n=$n --steps=30 --evaluator=$out/evaluator/gpt.pt "$@"; }
+judge() { python bench/evaluate.py --data=$data --n=$n --steps=20 --evaluator=$out/evaluator/gpt.pt "$@"; }
 judge --out=$out --cfg=3 --temperature=$temperatures --systems="$systems"
 [ $corpus != names ] || judge --out=$out/unprompted --unprompted --cfg=1 --temperature=$temperatures --systems="${systems/,prompt/}"

@@ -24,8 +24,9 @@ PRESETS = dict(tiny={}, small=at_scale(12, 12, 768), medium=at_scale(24, 16, 102
 def main():
     config, cfg = command_line(__doc__, TrunkConfig, TrainConfig, presets=PRESETS)
     corpus, val = (Corpus(cfg.data, split, config.block_size) for split in ("train", "val"))
-    # one position more than rows have tokens, for the end-of-text token that they begin after
-    config.vocab_size, config.block_size = corpus.meta["vocab_size"], corpus.N + 1
+    # a token more than the rows of other stages: it reads them after an end-of-text, and each position has to be trained for that
+    corpus.N = val.N = config.block_size = corpus.N + 1
+    config.vocab_size = corpus.meta["vocab_size"]
     torch.manual_seed(cfg.seed)
     rows = val.fixed_batches(4, pick_device(cfg.device)[0], cut_words=False)
 
@@ -39,7 +40,7 @@ def main():
         tqdm.write(f"val: {loss:.4f} nats a token")
         return dict(loss=loss)
 
-    train("gpt", cfg, GPT(config), corpus, loss_of, evaluate, counted=lambda b: (b.weight == 1).float().sum(), cut_words=False)
+    train("gpt", cfg, GPT(config), corpus, loss_of, evaluate, weight_of=lambda b: (b.weight == 1).float().sum(), cut_words=False)
 
 
 if __name__ == "__main__":

@@ -79,8 +79,8 @@ def main():
         return dict(loss=loss)
 
     loss_of = lambda net, batch, generator, step: dict(loss=masked_loss(net, batch, generator))
-    counted = lambda batch: (batch.weight * (batch.segment == TARGET)).sum()
-    train("masked", cfg, MaskedLM(config), corpus, loss_of, evaluate, counted, ema=True)
+    weight_of = lambda batch: (batch.weight * (batch.segment == TARGET)).sum()
+    train("masked", cfg, MaskedLM(config), corpus, loss_of, evaluate, weight_of, ema=True)
 
 
 if __name__ == "__main__":
