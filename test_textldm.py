@@ -283,6 +283,20 @@ def test_self_conditioning_tells_some_rows_what_a_first_pass_estimated_of_the_ta
     assert torch.equal(forward(x, segment, t, elsewhere), output)
 
 
+def test_recomputed_blocks_give_the_same_gradients(vae, dit):
+    found = []
+    for recompute in (False, True):
+        dit.trunk.recompute, calls = recompute, []
+        hook = dit.trunk.h[0].register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+        dit.zero_grad()
+        flow_loss(dit, vae, make_batch(), torch.Generator().manual_seed(0))["loss"].backward()
+        hook.remove()
+        found.append((calls, [p.grad for p in dit.parameters()]))
+    (once, a), (twice, b) = found
+    assert len(twice) == len(once) + 1, "the backward pass computes it again, and not for the guess"
+    assert all(x is y is None or torch.allclose(x, y, atol=1e-6) for x, y in zip(a, b))
+
+
 def test_flow_loss_learns_from_targets_alone(vae, dit):
     """The gradient does not depend on what is asked of context positions."""
     batch = make_batch()

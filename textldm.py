@@ -45,6 +45,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 CONTEXT, TARGET, PADDING = 0, 1, 2
@@ -77,6 +78,7 @@ class TrunkConfig(Config):
     n_head: int = option(4, "attention heads", 1)
     n_embd: int = option(192, "width of the residual stream", 1)
     block_size: int = option(64, "longest row in tokens; where rows are documents, at most the length that 99% of them have", 2, 2**16)
+    recompute: bool = option(False, "save memory: the backward pass computes each block again")
     vocab_size: int = 0  # the corpus's
 
 
@@ -135,11 +137,16 @@ class Trunk(nn.Module):
         super().__init__()
         self.h = nn.ModuleList(Block(config.n_embd, config.n_head, adaln) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
+        self.recompute = config.recompute
+
+    def through(self, blocks, x, *time_emb, **attention):                       # (B, N, E) -> (B, N, E)
+        for block in blocks:
+            again = self.recompute and torch.is_grad_enabled()
+            x = checkpoint(block, x, *time_emb, **attention, use_reentrant=False) if again else block(x, *time_emb, **attention)
+        return x
 
     def forward(self, x, mask=None, time_emb=None):                             # (B, N, E) -> (B, N, E)
-        for block in self.h:
-            x = block(x, time_emb, rope=True, mask=mask)
-        return self.ln_f(x)
+        return self.ln_f(self.through(self.h, x, time_emb, rope=True, mask=mask))
 
 
 def init_weights(model):
@@ -175,9 +182,7 @@ class GPT(Trunk):
         """The residual stream (B, N, E) after block `layer`, counted from 1 (0: the embeddings), before the
         final norm, for tokens (B, N), N at most block_size."""
         x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]               # (B, N, E)
-        for block in self.h[:layer]:
-            x = block(x, causal=True)
-        return x
+        return self.through(self.h[:layer], x, causal=True)
 
     def forward(self, tokens):                                                  # (B, N)
         x = self.ln_f(self.hidden_states(tokens, self.config.n_layer))          # (B, N, E)
@@ -741,19 +746,21 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=Tru
     stops = []  # a signal lets the step finish and be saved, then Ctrl-C stops at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: (stops.append(number), signal.signal(signal.SIGINT, signal.SIG_DFL)))
-    bar = tqdm(total=cfg.max_steps, initial=step, desc=stage, mininterval=1, disable=rank > 0)
+
+    def draw(step):
+        for micro in range(rank * cfg.accumulate, (rank + 1) * cfg.accumulate):
+            rng = np.random.default_rng((cfg.seed, step, micro))
+            generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
+            # unspecified: the paper truncates rows at random; here the rows of a micro-batch share one length
+            N = max(corpus.N * int(rng.integers(4, 9)) // 8, 2)
+            yield corpus.batch(rng, cfg.batch_size, N, cut_words=cut_words), generator
+
+    bar, batches = tqdm(total=cfg.max_steps, initial=step, desc=stage, mininterval=1, disable=rank > 0), list(draw(step))
     cfg.resume or save()  # from here on there is this run to resume, and no older one
     with open(metrics if rank == 0 else os.devnull, "a" if cfg.resume else "w") as log, bar:
         while step < cfg.max_steps:
             done = min(max(step - cfg.warmup, 0) / max(horizon - cfg.warmup, 1), 1)
             lr = peak * min((step + 1) / max(cfg.warmup, 1), 1) * (0.55 + 0.45 * math.cos(math.pi * done))
-            batches = []
-            for micro in range(rank * cfg.accumulate, (rank + 1) * cfg.accumulate):
-                rng = np.random.default_rng((cfg.seed, step, micro))
-                generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
-                # unspecified: the paper truncates rows at random; here the rows of a micro-batch share one length
-                N = max(corpus.N * int(rng.integers(4, 9)) // 8, 2)
-                batches.append((corpus.batch(rng, cfg.batch_size, N, cut_words=cut_words), generator))
             total, stopped = together(torch.tensor([sum(weight_of(b) for b, _ in batches), len(stops)]))
             if stopped:  # a signal to any process stops all at the same step
                 save()
@@ -766,6 +773,7 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=Tru
                     losses = objective(loss_of, batch, generator, step)
                 (losses["loss"] * share * world).backward()                     # times world, as the exchange takes the mean
                 report.update({k: v.detach() * share for k, v in losses.items()})
+            batches = list(draw(step + 1))                                      # while a GPU is still at work on this step
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             if not math.isfinite(norm):
                 terms = [k for k, v in report.items() if not v.isfinite()] or ["the gradient"]
