@@ -113,6 +113,8 @@ def main():
     options, = command_line(__doc__, SampleConfig)
     sys.stdout.reconfigure(errors="replace")  # a prompt, or half a character at the end of a text, may not print
     device, autocast = pick_device(options.device)
+    if options.gpt and options.trace:
+        raise UserError("--trace shows what the steps of diffusion point to; --gpt has none, leave one of them out")
     if options.gpt:
         gpt, tokenizer = GPT.from_pretrained(options.gpt)
         gpt, block_size = gpt.to(device), gpt.config.block_size - 1

@@ -906,6 +906,7 @@ def test_bad_benchmarks_are_refused(judged, tmp_path, capsys):
     refuse(capsys, "does not match the benchmark", *options, f"--texts={file}")
     refuse(capsys, "evaluator/gpt.pt is missing", *options, "--out", tmp_path)
     refuse(capsys, "judged by itself", *options, "--systems=gpt", f"--evaluator={folder / 'out/gpt.pt'}")
+    refuse(capsys, "leave one of them out", *options, f"--benchmark={file}", "--unprompted")
     refuse(capsys, "two rows", *options, "--systems=real,real")
     assert sorted(folder.rglob("*")) == before
 
@@ -1054,5 +1055,6 @@ def test_bad_options_are_refused(home, tmp_path, capsys):
     for option in ("--n=0", "--steps=0", "--length=-1", "--length=1000", "--cfg=nan"):
         refuse(capsys, option.split("=")[0], "sample.py", "--out", home / "out", option)
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    refuse(capsys, "leave one of them out", "sample.py", "--out", home / "out", f"--gpt={home / 'out/gpt.pt'}", "--trace")
     refuse(capsys, "line 2", "sample.py", "--out", home / "out", f"--prompts={tmp_path / 'bad.jsonl'}")
     refuse(capsys, "does not exist", "sample.py", "--out", home / "out", f"--prompts={tmp_path / 'none.jsonl'}")

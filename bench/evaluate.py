@@ -88,6 +88,8 @@ def make_benchmark(corpus, path, n, seed, unprompted):
 
 
 def load_benchmark(options, corpus):
+    if options.benchmark and options.unprompted:
+        raise UserError(f"--unprompted cuts val documents, and --benchmark={options.benchmark} is cut already; leave one of them out")
     path = Path(options.benchmark or f"{options.data}/benchmark_{options.n}_{options.seed}_{corpus.N}{'_unprompted' * options.unprompted}.jsonl")
     if not options.benchmark and not path.exists():
         make_benchmark(corpus, path, options.n, options.seed, options.unprompted)
