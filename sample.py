@@ -92,7 +92,7 @@ def generate(gpt, prompts, length, eot, temperature=1.0, top_p=1.0, seed=0):
     rows, block, device = [[eot, *prompt] for prompt in prompts], gpt.config.block_size, gpt.wte.weight.device
     ends = [len(row) + length if length else block for row in rows]
     # a row's luck is its own, whatever its neighbours; greedy is to be lucky always
-    u = [(temperature > 0) * torch.rand(end, generator=torch.Generator().manual_seed(seed * 1_000_003 + i)) for i, end in enumerate(ends)]
+    u = [(temperature > 0) * torch.rand(end, generator=torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63)) for i, end in enumerate(ends)]
     live = [i for i, row in enumerate(rows) if len(row) < ends[i]]
     while live:
         seen = [rows[i][-block:] for i in live]

@@ -153,7 +153,7 @@ def test_a_dropped_context_is_not_seen(dit):
     eps, t, drop = torch.randn(4, N, C), torch.full((4,), 0.6), torch.tensor([True, True, False, False])
     z_0 = torch.randn(4, N, C)
     other = torch.where((segment == CONTEXT)[..., None], torch.randn(4, N, C), z_0)
-    a, b = (denoising_loss(dit, z, tokens, segment, t, eps, drop, with_guess=4)[0] for z in (z_0, other))
+    a, b = (denoising_loss(dit, z, tokens, segment, t, eps, drop, n_guess=4)[0] for z in (z_0, other))
     same = [torch.equal(x[s == TARGET], y[s == TARGET]) for x, y, s in zip(a, b, segment)]
     assert same == [True, True, False, False]
 
@@ -169,7 +169,7 @@ def test_padding_changes_no_number(vae, dit):
     eps, t = torch.randn(4, N + pad, C), torch.rand(4)
     z = vae.latents(*padded[:2])
     assert torch.allclose(z[:, :N], vae.latents(*batch[:2]), atol=1e-5)
-    for x, y in zip(denoising_loss(dit, z, *padded[:2], t, eps, with_guess=2), denoising_loss(dit, z[:, :N], *batch[:2], t, eps[:, :N], with_guess=2)):
+    for x, y in zip(denoising_loss(dit, z, *padded[:2], t, eps, n_guess=2), denoising_loss(dit, z[:, :N], *batch[:2], t, eps[:, :N], n_guess=2)):
         assert torch.allclose(x[:, :N], y, rtol=1e-4, atol=1e-5)
     means = []
     for b in (batch, padded):
@@ -273,7 +273,7 @@ def test_self_conditioning_tells_some_rows_what_a_first_pass_estimated_of_the_ta
     tokens, segment, _ = make_batch()
     z_0, eps, t, forward, guesses = torch.randn(4, N, C), torch.randn(4, N, C), torch.rand(4), dit.forward, []
     dit.forward = lambda x, segment, t, guess: guesses.append(guess.clone()) or forward(x, segment, t, guess)
-    loss, output, x = denoising_loss(dit, z_0, tokens, segment, t, eps, with_guess=2)
+    loss, output, x = denoising_loss(dit, z_0, tokens, segment, t, eps, n_guess=2)
     first, guess = guesses
     assert not first.any() and not guess[2:].any() and not guess.requires_grad
     alone = forward(x, segment, t, torch.zeros_like(x))

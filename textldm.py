@@ -5,7 +5,7 @@ Unofficial and educational, after [TextLDM]: text becomes latents, one a token; 
     stage 1  tokens --encoder--> posterior --draw--> z --decoder--> tokens            TextVAE, train_vae.py
                                      +--projection--> features of a frozen GPT        REPA, in TextVAE.alignment
     stage 2  [clean latents of the context ; noisy latents of the target]             TextDiT, train_dit.py
-                        --DiT--> p(token), by cross-entropy; hence the velocity       denoising_loss
+                        --DiT--> p(token), by cross-entropy; hence z_0, the velocity  denoising_loss
     sample   prompt --encoder--> context;  noise --Euler--> target --decoder--> text  continue_texts, sample.py
 
 Shapes   B rows in a batch      N tokens in a row           V tokens in the vocabulary
@@ -117,7 +117,7 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1, self.attn = nn.LayerNorm(n_embd), Attention(n_embd, n_head)
         self.ln_2, self.mlp = nn.LayerNorm(n_embd), nn.Sequential(collections.OrderedDict(
-            c_fc=nn.Linear(n_embd, 4 * n_embd), gelu=nn.GELU("tanh"), c_proj=nn.Linear(4 * n_embd, n_embd)))
+            c_fc=nn.Linear(n_embd, 4 * n_embd), gelu=nn.GELU(), c_proj=nn.Linear(4 * n_embd, n_embd)))
         self.adaln = nn.Linear(n_embd, 6 * n_embd) if adaln else None
 
     def forward(self, x, time_emb=None, **attention):                           # x (B, N, E), time_emb (B, E)
@@ -139,10 +139,10 @@ class Trunk(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.recompute = config.recompute
 
-    def through(self, blocks, x, *time_emb, **attention):                       # (B, N, E) -> (B, N, E)
+    def through(self, blocks, x, time_emb=None, **attention):                   # (B, N, E) -> (B, N, E)
+        again = self.recompute and torch.is_grad_enabled()
         for block in blocks:
-            again = self.recompute and torch.is_grad_enabled()
-            x = checkpoint(block, x, *time_emb, **attention, use_reentrant=False) if again else block(x, *time_emb, **attention)
+            x = checkpoint(block, x, time_emb, **attention, use_reentrant=False) if again else block(x, time_emb, **attention)
         return x
 
     def forward(self, x, mask=None, time_emb=None):                             # (B, N, E) -> (B, N, E)
@@ -176,6 +176,8 @@ class GPT(Trunk):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        for block in self.h:
+            block.mlp.gelu = nn.GELU("tanh")                                    # an approximation that is slower on today's CPUs
         init_weights(self)
 
     def hidden_states(self, tokens, layer):
@@ -367,13 +369,13 @@ class TextDiT(nn.Module):
         h = self.from_latent(x) + self.segment_emb(is_target.long())            # (B, N, E)
         if self.config.self_condition:
             h = h + self.from_guess(guess * is_target[..., None])
-        mask = None if self.training else (segment != PADDING)[:, None, None, :]  # (B, 1, 1, N); only sampling has padding
+        mask = None if self.training else (segment != PADDING)[:, None, None, :]  # (B, 1, 1, N); Corpus.batch makes no padding
         h = self.trunk(h, mask, self.time_embedding(t) if self.config.adaln else None)
         return self.to_output(h).float()
 
     def estimate(self, output, x, t, temperature=1.0):
         """The clean latents E[z_0 | x] (B, N, C), as forward's output for x (B, N, C) and t (B,) has them. A temperature below 1
-        makes them those of likelier tokens."""
+        makes them those of likelier tokens, where there are any."""
         if not self.config.predict_tokens:
             return x - t[:, None, None] * output                                # where the path ends if it is straight
         # E[z_0 | x] is the sum over tokens of p(token | x) E[z_0 | token, x]. Instead of the latter `latent_of` has
@@ -389,19 +391,19 @@ def logit_normal(u, config):
     return torch.sigmoid(config.t_mean + config.t_std * math.sqrt(2) * torch.erfinv(2 * u - 1))
 
 
-def denoising_loss(dit, z_0, tokens, segment, t, eps, drop=None, with_guess=0):
+def denoising_loss(dit, z_0, tokens, segment, t, eps, drop=None, n_guess=0):
     """What flow_loss draws is given here: latents z_0 and noise eps (B, N, C), their tokens (B, N), times t (B,); rows where drop
-    (B,) is true have zeros for a context; the first `with_guess` rows are told the estimate of a first pass, as samples are that of
-    the step before (self-conditioning [AB]). Returns the loss (B, N), cross-entropy or, of velocities, flow matching's squared
+    (B,) is true have zeros for a context; the first n_guess rows are told the estimate of a first pass, where a sample is told the
+    guided one of the step before (self-conditioning [AB]). Returns the loss (B, N), cross-entropy or, of velocities, flow matching's squared
     error (Eq. 5 of [TextLDM]), of meaning on the target only, and the DiT's output with the x that it is for."""
     at = t[:, None, None]                                                       # (B, 1, 1)
     z_t = (1 - at) * z_0 + at * eps                                             # (B, N, C)
     context = z_0 if drop is None else z_0.masked_fill(drop[:, None, None], 0)
     x, guess = torch.where((segment == TARGET)[..., None], z_t, context), torch.zeros_like(z_0)
-    if dit.config.self_condition and with_guess:
+    if dit.config.self_condition and n_guess:
+        some = slice(n_guess)
         with torch.no_grad():
-            some_x, some_segment, some_t = (a[:with_guess] for a in (x, segment, t))
-            guess[:with_guess] = dit.estimate(dit(some_x, some_segment, some_t, guess[:with_guess]), some_x, some_t)
+            guess[some] = dit.estimate(dit(x[some], segment[some], t[some], guess[some]), x[some], t[some])
         torch.clear_autocast_cache()  # before torch 2.10 the second pass would reuse weights cast without a gradient (pytorch#112583)
     output = dit(x, segment, t, guess)
     loss = cross_entropy(output, tokens) if dit.config.predict_tokens else (output - (eps - z_0)).square().mean(-1)
@@ -414,7 +416,7 @@ def flow_loss(dit, vae, batch, generator):
     u, luck = torch.rand(2, len(z_0), generator=generator, device=z_0.device)   # (B,) each
     eps = torch.randn(z_0.shape, generator=generator, device=z_0.device)
     t, drop = logit_normal(u, dit.config), luck < dit.config.context_drop
-    loss, *_ = denoising_loss(dit, z_0, batch.tokens, batch.segment, t, eps, drop, with_guess=(len(z_0) + 1) // 2)
+    loss, *_ = denoising_loss(dit, z_0, batch.tokens, batch.segment, t, eps, drop, n_guess=(len(z_0) + 1) // 2)
     return dict(loss=weighted_mean(loss, batch.weight * (batch.segment == TARGET)))
 
 
@@ -445,7 +447,7 @@ def euler(velocity, z, times, callback=None):
 def rows_of(prompts, length, block_size, eot):
     """tokens and segment (B, N) of prompts (lists of ids, maybe empty), each with room for `length` tokens more, or for
     the rest of a row of block_size where length is 0."""
-    ends = [len(prompt) + length if length else block_size for prompt in prompts]
+    ends = [(len(prompt) + length) if length else block_size for prompt in prompts]
     tokens, segment = torch.full((len(prompts), max(ends)), eot), torch.full((len(prompts), max(ends)), PADDING)
     for i, (prompt, end) in enumerate(zip(prompts, ends)):
         tokens[i, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
@@ -470,7 +472,7 @@ def continue_texts(vae, dit, prompts, length, eot, steps=20, cfg_scale=3.0, temp
     z = torch.randn(B, max(N, dit.config.block_size), vae.config.channels, generator=generator)[:, :N]  # (B, N, C)
     tokens, segment, z = (x.to(vae.z_mean.device) for x in (tokens, segment, z))
     texts = lambda z: texts_of(vae.read(z, segment), segment, eot)
-    context = vae.latents(tokens, segment)                                      # (B, N, C)
+    context = vae.latents(tokens, segment)                                      # (B, N, C); the targets' are of end-of-texts, and not read
     times = logit_normal(torch.linspace(1, 0, steps + 1), dit.config).to(z.device)
     guess = torch.zeros_like(z)                                                 # of z_0, by the step before, guided
 
@@ -620,14 +622,16 @@ def command_line(description, *types, presets=None):
 
 def run(main):  # a script's; what the user can mend becomes one line and exit code 2
     try:
-        code = main()
+        code, said = main(), ""
     except (UserError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as e:
-        code = print(f"error: {str(e) or 'stopped'}", file=sys.stderr) or 2
+        code, said = 2, f"error: {str(e) or 'stopped'}\n"
     except SystemExit as e:
-        code = e.code
+        code, said = e.code, ""
     if dist.is_initialized():  # only now, when nothing holds DDP: of torch 2.13 its end and that of gloo's threads may wait for each other
         dist.destroy_process_group()
-    sys.exit(code) if code else None
+    sys.stderr.write(said)  # after the bars that were open
+    if code:
+        sys.exit(code)
 
 
 def pick_device(name):
@@ -639,7 +643,7 @@ def pick_device(name):
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device={name} is not to be had here ({str(e).splitlines()[0][:80]})") from None
+        raise UserError(f"--device={name} is not to be had here ({str(e)[:80]!r})") from None
     torch.backends.cuda.enable_flash_sdp(device.type != "cpu")  # on a CPU's short rows the plain kernel trains 1.5 times as fast
     bf16 = dict(cpu=getattr(torch.cpu, "_is_avx512_bf16_supported", bool),
                 cuda=lambda: torch.cuda.is_bf16_supported(including_emulation=False)).get(device.type, bool)()
@@ -656,7 +660,7 @@ def write_whole(path, content):
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as e:
         Path(f"{path}.tmp").unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({str(e).splitlines()[0][:80]}); what was there is as it was") from None
+        raise UserError(f"cannot write {path} ({str(e)[:80]}); what was there is as it was") from None
 
 
 def load_checkpoint(path, kind, remedy, tokenizer=None):
@@ -730,7 +734,7 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=Tru
         state = load_checkpoint(last, stage, "start without --resume", corpus.tokenizer)
         try:
             now, before = identity | identity["config"], state | state["config"]
-            if different := [k for k in now if k != "config" and before.get(k) != now[k]]:
+            if different := [k for k in now if k not in ("config", "recompute") and before.get(k) != now[k]]:
                 raise UserError(f"{last} was started with another {', '.join(different)}; resume with the same")
             for name, part in parts.items():
                 part.load_state_dict(state[name])
@@ -739,6 +743,8 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=Tru
                 kept = lambda line: line.endswith("}\n") and json.loads(line)["step"] <= step
                 write_whole(metrics, "".join(filter(kept, metrics.read_text().splitlines(True))))
             del state, before  # they have the size of all parts together
+        except torch.OutOfMemoryError:
+            raise
         except (OSError, *BROKEN) as e:
             raise UserError(f"{last} and {metrics.name} do not fit this code ({type(e).__name__}); start without --resume") from None
     save = lambda: rank or write_whole(last, dict(step=step, best=best, horizon=horizon, **{k: part.state_dict() for k, part in parts.items()}, **identity))
@@ -751,7 +757,7 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=Tru
         for micro in range(rank * cfg.accumulate, (rank + 1) * cfg.accumulate):
             rng = np.random.default_rng((cfg.seed, step, micro))
             generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
-            # unspecified: the paper truncates rows at random; here the rows of a micro-batch share one length
+            # deviation: the paper truncates rows at random; here the rows of a micro-batch share one length
             N = max(corpus.N * int(rng.integers(4, 9)) // 8, 2)
             yield corpus.batch(rng, cfg.batch_size, N, cut_words=cut_words), generator
 
@@ -784,7 +790,7 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=Tru
                 optimizer.step()
                 optimizer.zero_grad()
             step += 1
-            if ema:  # unspecified. A decay of 0.999 from the start would leave a short run's average half initialisation
+            if ema:  # unspecified: a decay of 0.999 from the start would leave a short run's average half initialisation
                 for a, p in zip(average.parameters(), model.parameters()):
                     a.lerp_(p.detach(), 1 - min(0.999, (1 + step) / (10 + step)))
             bar.update()

@@ -78,8 +78,8 @@ def main():
         lines, table = [f"{'t':>5}{'loss':>9}{'shuffled':>10}{'noisy':>8}{'predicted':>11}"], []
         for t in torch.arange(1, 10, device=device) / 10:
             t_rows = t.expand(len(z_0))                                         # (B,)
-            loss, output, x = denoising_loss(dit, z_0, tokens, segment, t_rows, eps, with_guess=len(z_0))
-            shuffled, *_ = denoising_loss(dit, strange, tokens, segment, t_rows, eps, with_guess=len(z_0))
+            loss, output, x = denoising_loss(dit, z_0, tokens, segment, t_rows, eps, n_guess=len(z_0))
+            shuffled, *_ = denoising_loss(dit, strange, tokens, segment, t_rows, eps, n_guess=len(z_0))
             guess = dit.estimate(output, x, t_rows)
             noisy = z_0 + t / (1 - t) * eps                                     # z_t / (1 - t)
             table.append(dict(t=round(t.item(), 1), loss=mean(loss), shuffled=mean(shuffled),

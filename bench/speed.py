@@ -2,15 +2,16 @@
 
     python bench/speed.py                                             # tiny, on the embedded docs; about ten minutes on two cores
     python bench/speed.py --nanogpt=FOLDER                            # beside nanoGPT: a folder with its model.py, which we do not copy
-    python bench/speed.py --parts=train,sample --preset=small --compile=True --data=data/owt2 --nanogpt=FOLDER       # on a GPU
+    python bench/speed.py --parts=train,sample --preset=small --compile --data=data/owt2 --nanogpt=FOLDER            # on a GPU
 
-Machines drift, so what is compared runs in turns, a few steps each, and the table has medians of the rounds.
+Machines drift, so what is compared runs in turns, a few steps each, and the tables have medians of the rounds. Tokens are those of rows, of which
+`text` is the share that is not padding. `of peak` is the FLOPs of forward and backward, as torch counts them, over the best of a few large
+matrix products. On a CPU all time in Corpus.batch is `waiting`; on a GPU it is not, as the next batches are drawn while the GPU is at work.
 """
 
 import importlib.util
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -42,7 +43,7 @@ class SpeedConfig(Config):
     block_size: int = option(0, "tokens in a row (0: the preset's)", 0)
     rounds: int = option(5, "rounds, of which the table has the median", 1)
     steps: int = option(10, "training steps in a round", 1)
-    text: str = option("", "text to prepare, as data/prepare.py takes it (the embedded docs, several times over)")
+    text: str = option("", "text to prepare, a path as data/prepare.py takes it (the embedded docs, four times over)")
     lengths: str = option("128,512,1024", "new tokens to sample after a prompt of 256")
     batches: str = option("1,32", "prompts at once")
     device: str = option("auto", "cpu, cuda, mps, or auto")
@@ -51,8 +52,10 @@ class SpeedConfig(Config):
 
 
 def peak_memory(device):
-    """Bytes: of the GPU's, or of this process."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes: of the GPU's, or of this process (getrusage would begin with what its parent had)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
 
 def wait_for(device):
@@ -88,6 +91,11 @@ class Turn:
     def __init__(self, device):
         self.device, self.left, self.waited, self.start = device, 0, 0.0, None
 
+    def measured(self, counter, cfg, N, text):
+        self.told = dict(row=N, text=text, tokens=cfg.batch_size * N * cfg.accumulate, flops=counter.get_total_flops() * cfg.accumulate)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
     def before_step(self):
         if not self.left:
             wait_for(self.device)
@@ -120,7 +128,7 @@ def work(name, options):
             row = type(row)(*(x.to(device) for x in row))
             loss_of(model.to(device), row, torch.Generator(device).manual_seed(0), 0)["loss"].backward()
         model.zero_grad()
-        turn.told = dict(tokens=cfg.batch_size * corpus.N * cfg.accumulate, flops=counter.get_total_flops() * cfg.accumulate)
+        turn.measured(counter, cfg, corpus.N, (row.weight == 1).float().mean().item())
 
         def next_batch(rng, B, N, *rest, **rules):  # rows as long as they may be, as nanoGPT's are
             nonlocal micro
@@ -132,17 +140,18 @@ def work(name, options):
         corpus.fixed_batches = lambda *_, **__: None
         corpus.batch = next_batch
         textldm.train(stage, replace(cfg, max_steps=10**6, log_interval=10**6, eval_interval=10**6), model, corpus, loss_of,
-                      lambda model: dict(loss=0.0), counted, **more)
+                      lambda model: dict(loss=0.0), weight_of, **more)
 
     if name != "nanogpt":
-        module = load_module(ROOT / SCRIPTS[name])
+        module = load_module(ROOT / SCRIPTS[name.split()[0]])
         module.train = train
         return module.main()
 
     nano, module = load_module(Path(options.nanogpt) / "model.py"), load_module(ROOT / SCRIPTS["gpt"])
     trunk, cfg = command_line("", TrunkConfig, textldm.TrainConfig, presets=module.PRESETS)
     corpus = Corpus(cfg.data, "train", trunk.block_size)
-    N, B, tokens = corpus.N, cfg.batch_size, corpus.tokens
+    torch.backends.cuda.enable_flash_sdp(True)  # as it comes; ours does without on a CPU
+    N, B, tokens = corpus.N + 1, cfg.batch_size, corpus.tokens  # the rows of train_gpt.py
     torch.manual_seed(1)
     model = nano.GPT(nano.GPTConfig(block_size=N, vocab_size=corpus.meta["vocab_size"], n_layer=trunk.n_layer, n_head=trunk.n_head,
                                     n_embd=trunk.n_embd, dropout=0.0, bias=True)).to(device)
@@ -157,7 +166,7 @@ def work(name, options):
     with FlopCounterMode(display=False) as counter, autocast:
         model(*batch())[1].backward()
     model.zero_grad()
-    turn.told = dict(tokens=B * N * cfg.accumulate, flops=counter.get_total_flops() * cfg.accumulate)
+    turn.measured(counter, cfg, N, 1.0)
     while True:
         turn.before_step()
         for _ in range(cfg.accumulate):
@@ -172,7 +181,7 @@ def work(name, options):
 
 def load_module(path):
     if not path.is_file():
-        raise UserError(f"{path} is missing; --nanogpt wants a folder with model.py of github.com/karpathy/nanoGPT")
+        raise UserError(f"{path} is missing (--nanogpt wants a folder with model.py of github.com/karpathy/nanoGPT)")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -185,9 +194,9 @@ def training(options, folder, peak):
     common = [f"--data={options.data}", f"--out={folder}", f"--device={options.device}", f"--preset={options.preset}", *sizes]
     for script in ("gpt", "vae"):  # the next stage wants a checkpoint of this one, of these sizes
         subprocess.run([sys.executable, ROOT / SCRIPTS[script], *common, "--max_steps=1"], check=True, stdout=subprocess.DEVNULL)
-    names = [*SCRIPTS, *["nanogpt"] * bool(options.nanogpt)]
+    names = [*SCRIPTS, *["gpt with AdamW"], *["nanogpt"] * bool(options.nanogpt)]
     environment = {**os.environ, "TEXTLDM_SPEED": json.dumps(asdict(options))}
-    workers = {n: subprocess.Popen([sys.executable, __file__, *common, *["--compile"] * options.compile], text=True, stdin=subprocess.PIPE,
+    workers = {n: subprocess.Popen([sys.executable, __file__, *common, *["--compile"] * options.compile, *["--no-muon"] * ("AdamW" in n)], text=True, stdin=subprocess.PIPE,
                                    stdout=subprocess.PIPE, stderr=open(folder / f"{n}.log", "w"), env={**environment, "TEXTLDM_WORKER": n}) for n in names}
     rounds = {n: [] for n in names}
     for i in range(options.rounds + 1):
@@ -207,8 +216,8 @@ def training(options, folder, peak):
         worker.wait()
         median = lambda of: float(np.median([of(r) for r in rounds[name]]))
         r, ours = rounds[name][-1], np.array([r["seconds"] for r in rounds["gpt"]])
-        rows.append(dict(stage=name, tokens_per_second=median(lambda r: r["tokens"] * options.steps / r["seconds"]),
-                         utilisation=median(lambda r: r["flops"] * options.steps / r["seconds"]) / peak,
+        rows.append(dict(stage=name, row=r["row"], text=r["text"], tokens_per_second=median(lambda r: r["tokens"] * options.steps / r["seconds"]),
+                         of_peak=median(lambda r: r["flops"] * options.steps / r["seconds"]) / peak,
                          gflop_per_step=r["flops"] / 1e9, waiting=median(lambda r: r["waited"] / r["seconds"]), memory_mb=r["memory"] / 2**20,
                          seconds_over_gpt=float(np.median(np.array([r["seconds"] for r in rounds[name]]) / ours))))
     return rows
@@ -238,11 +247,11 @@ def cached_gpt(gpt, prompts, length, dtype, compile=False):
         return F.linear(gpt.ln_f(x[:, -1:]), gpt.wte.weight).argmax(-1)         # (B, 1)
 
     token, new = step(prompts, at[:P]), []
-    step = torch.compile(step, mode="reduce-overhead") if compile else step
-    for i in range(length):
+    step = torch.compile(step) if compile else step
+    for i in range(length - 1):
         new.append(token)
         token = step(token.clone(), at[P + i : P + i + 1])
-    return torch.cat(new, 1)
+    return torch.cat((*new, token), 1)
 
 
 def networks(preset, length, V, device):
@@ -254,7 +263,7 @@ def networks(preset, length, V, device):
         sizes[stage] = config(**keep | dict(block_size=length, vocab_size=V))
     sizes["dit"].channels = sizes["vae"].channels
     torch.manual_seed(0)
-    return [cls(sizes[s]).to(device).eval().requires_grad_(False) for cls, s in ((GPT, "gpt"), (TextVAE, "vae"), (TextDiT, "dit"))]
+    return [cls(sizes[s]).to(device).eval() for cls, s in ((GPT, "gpt"), (TextVAE, "vae"), (TextDiT, "dit"))]
 
 
 def hugging_face(gpt, device):
@@ -271,7 +280,11 @@ def hugging_face(gpt, device):
 
 def sampling(options, V):
     device, autocast = pick_device(options.device)
-    lengths, batches = ([int(x) for x in text.split(",")] for text in (options.lengths, options.batches))
+    dtype = dtype_within(autocast, device)
+    try:
+        lengths, batches = ([int(x) for x in text.split(",")] for text in (options.lengths, options.batches))
+    except ValueError:
+        raise UserError(f"--lengths={options.lengths} and --batches={options.batches} must be numbers with commas between") from None
     gpt, vae, dit = networks(options.preset, 256 + max(lengths), V, device)
     if options.compile:
         dit.forward = torch.compile(dit.forward)
@@ -282,7 +295,7 @@ def sampling(options, V):
         for length in lengths:
             systems = {"textldm, 50 steps": lambda: continue_texts(vae, dit, prompts.tolist(), length, V - 1, 50),
                        "textldm, 20 steps": lambda: continue_texts(vae, dit, prompts.tolist(), length, V - 1, 20),
-                       "gpt, static cache": lambda: cached_gpt(gpt, prompts, length, dtype_within(autocast, device), options.compile)}
+                       "gpt, static cache": lambda: cached_gpt(gpt, prompts, length, dtype, options.compile)}
             if theirs:
                 systems["gpt of transformers"] = lambda: theirs(prompts, length)
             seconds = {name: [] for name in systems}
@@ -313,7 +326,7 @@ def preparing(options, folder):
     meta = json.loads((Path(options.data) / "meta.json").read_text())
     encoding, cores = load_encoding(meta), sorted(os.sched_getaffinity(0))
     prepare = load_module(ROOT / "data/prepare.py")
-    documents = list(prepare.Files([options.text])() if options.text else prepare.docs()) * (1 if options.text else 12)
+    documents = list(prepare.Files([options.text])() if options.text else prepare.docs()) * (1 if options.text else 4)
     rows = []
     for share, used in ((1, cores[:1]), (1, cores), (3, cores)):
         file = folder / f"{share}.jsonl"
@@ -322,11 +335,16 @@ def preparing(options, folder):
         size, ours, bare = file.stat().st_size, [], []
         for _ in range(min(options.rounds, 3)):
             os.sched_setaffinity(0, used)
-            start = time.perf_counter()
-            encoding.encode_ordinary_batch(documents * share, num_threads=len(used))
-            bare.append(time.perf_counter() - start)
-            code = f"import os, resource, runpy, sys; os.cpu_count = lambda: {len(used)}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); " \
-                   "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+            took = []
+            for way in (lambda: encoding.encode_ordinary_batch(documents * share, num_threads=len(used)),
+                        lambda: [encoding.encode_ordinary(text) for text in documents * share])[: 1 + (len(used) == 1)]:
+                start = time.perf_counter()
+                way()
+                took.append(time.perf_counter() - start)
+            bare.append(min(took))
+            # ru_maxrss would be that of this process, which a child begins with
+            code = f"import os, runpy, sys; os.cpu_count = lambda: {len(used)}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); " \
+                   "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
             kind = ["--encoding=bpe", f"--vocab_size={meta['vocab_size']}"] if meta["encoding"] == "bpe" else []
             out = subprocess.run([sys.executable, "-c", code, ROOT / "data/prepare.py", file, f"--out={folder / 'prepared'}", *kind],
                                  capture_output=True, text=True, check=True).stdout.split("\n")
