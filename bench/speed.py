@@ -9,6 +9,7 @@ Machines drift, so what is compared runs in turns, a few steps each, and the tab
 matrix products. On a CPU all time in Corpus.batch is `waiting`; on a GPU it is not, as the next batches are drawn while the GPU is at work.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -63,6 +64,15 @@ def wait_for(device):
         torch.cuda.synchronize(device)
 
 
+def seconds_of(device, work, autocast=contextlib.nullcontext()):
+    wait_for(device)
+    start = time.perf_counter()
+    with autocast:
+        work()
+    wait_for(device)
+    return time.perf_counter() - start
+
+
 def dtype_within(autocast, device):
     with autocast:
         return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
@@ -70,15 +80,9 @@ def dtype_within(autocast, device):
 
 def matmul_peak(device, autocast):
     """FLOP/s of the best of a few large square products, in the precision that training computes in."""
-    n, best = 8192 if device.type == "cuda" else 2048, 0
+    n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype_within(autocast, device)) for _ in range(2))
-    for _ in range(8):
-        wait_for(device)
-        start = time.perf_counter()
-        a @ b
-        wait_for(device)
-        best = max(best, 2 * n**3 / (time.perf_counter() - start))
-    return best
+    return 2 * n**3 / min(seconds_of(device, lambda: a @ b) for _ in range(8))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -302,12 +306,7 @@ def sampling(options, V):
             for i in range(options.rounds if device.type == "cuda" else min(options.rounds, 2)):
                 for name, system in systems.items():
                     for _ in range(1 + (i == 0 and device.type == "cuda")):  # once more where something compiles
-                        wait_for(device)
-                        start = time.perf_counter()
-                        with autocast:
-                            system()
-                        wait_for(device)
-                        took = time.perf_counter() - start
+                        took = seconds_of(device, system, autocast)
                     seconds[name].append(took)
             base = np.array(seconds["gpt, static cache"])
             for name, s in seconds.items():
@@ -373,15 +372,7 @@ def growth(options, V):
         row, result = textldm.Batch(*(x.to(device) for x in row)), []
         for what in (lambda: textldm.flow_loss(dit, vae, row, torch.Generator(device).manual_seed(0))["loss"].backward(),
                      lambda: continue_texts(vae, dit.eval(), [[1] * (length // 4)], 0, V - 1, steps=8)):
-            times = []
-            for _ in range(3):
-                wait_for(device)
-                start = time.perf_counter()
-                with autocast:
-                    what()
-                wait_for(device)
-                times.append(time.perf_counter() - start)
-            result.append(min(times))
+            result.append(min(seconds_of(device, what, autocast) for _ in range(3)))
         return result, sum(p.numel() for p in dit.parameters())
 
     rows = []
