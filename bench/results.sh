@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 corpus=${1:-names} temperatures=0.5,0.7,1 trunk="" seeds="1 2" masked="" judge="--n_layer=6 --n_embd=256 --max_steps=1000"
 case $corpus in
     names) text="names" vocabulary="--vocab_size=4096" ruler="--vocab_size=2048" rows="" vae_steps=1000 dit_steps=2400 gpt_steps=1500 n=1000 ;;
-    docs) text="docs" vocabulary="--vocab_size=2048" ruler="--vocab_size=512" rows="--batch_size=96 --block_size=32" vae_steps=500 dit_steps=2000
+    docs) text="docs" vocabulary="--vocab_size=2048" ruler="--vocab_size=512" rows="--batch_size=96 --block_size=32" vae_steps=500 dit_steps=4000
           gpt_steps=3000 n=600 temperatures=0.7,0.8,1 judge+=" --batch_size=64 --block_size=64" ;;
     books) text="${2:?the path of the books}" vocabulary="--encoding=bpe --vocab_size=4096" ruler=$vocabulary
            rows="--block_size=128 --batch_size=256 --n_head=8 --n_embd=512" trunk="--n_layer=8" vae_steps=1000 dit_steps=6000 gpt_steps=7500 n=1000 masked=yes
