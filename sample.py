@@ -122,8 +122,9 @@ def main():
         vae, dit, tokenizer = load_models(options, device)
         block_size = dit.config.block_size
     encoding, eot = load_encoding(tokenizer), tokenizer["eot"]
-    lines = [dict(line) for line in read_prompts(options) for _ in range(options.n)]
+    lines = read_prompts(options)
     prompts = fit([encoding.encode_ordinary(line["prompt"]) for line in lines], options.length, block_size)
+    lines, prompts = ([x for x in xs for _ in range(options.n)] for xs in (lines, prompts))
 
     def show(ids):
         return encoding.decode([i for i in ids if i != eot])

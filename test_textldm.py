@@ -143,19 +143,20 @@ def test_dit_target_sees_context_and_context_is_clean(dit):
     grad, = torch.autograd.grad(output[segment == TARGET].sum(), x)
     assert (grad[segment == CONTEXT] != 0).any(-1).all()
     z_0, eps, t = torch.randn(4, N, C), torch.randn(4, N, C), torch.full((4,), 0.7)
-    _, _, given = denoising_loss(dit, z_0, make_batch().tokens, segment, t, eps)  # context untouched at any t, target noised
+    _, _, given = denoising_loss(dit, z_0, z_0, make_batch().tokens, segment, t, eps)  # context untouched at any t, target noised
     assert torch.equal(given[segment == CONTEXT], z_0[segment == CONTEXT])
     assert torch.allclose(given[segment == TARGET], (0.3 * z_0 + 0.7 * eps)[segment == TARGET])
 
 
-def test_a_dropped_context_is_not_seen(dit):
-    tokens, segment, _ = make_batch()
-    eps, t, drop = torch.randn(4, N, C), torch.full((4,), 0.6), torch.tensor([True, True, False, False])
+@pytest.mark.parametrize("drop", (0.0, 1.0))
+def test_a_dropped_context_is_not_seen(vae, dit, drop):
+    batch, dit.config.context_drop = make_batch(), drop
     z_0 = torch.randn(4, N, C)
-    other = torch.where((segment == CONTEXT)[..., None], torch.randn(4, N, C), z_0)
-    a, b = (denoising_loss(dit, z, tokens, segment, t, eps, drop, n_guess=4)[0] for z in (z_0, other))
-    same = [torch.equal(x[s == TARGET], y[s == TARGET]) for x, y, s in zip(a, b, segment)]
-    assert same == [True, True, False, False]
+    other = torch.where((batch.segment == CONTEXT)[..., None], torch.randn(4, N, C), z_0)
+    losses = []
+    for vae.latents in (lambda *_: z_0, lambda *_: other):
+        losses.append(flow_loss(dit, vae, batch, torch.Generator().manual_seed(0))["loss"])
+    assert torch.equal(*losses) == (drop == 1)
 
 
 def test_padding_changes_no_number(vae, dit):
@@ -166,11 +167,12 @@ def test_padding_changes_no_number(vae, dit):
     features = torch.randn(4, N + pad, 16)
     a, b = vae(batch, features[:, :N]), vae(padded, features)
     assert all(torch.allclose(a[k], b[k], rtol=1e-4) for k in a), (a, b)
-    eps, t = torch.randn(4, N + pad, C), torch.rand(4)
-    z = vae.latents(*padded[:2])
+    z, t, mask = vae.latents(*padded[:2]), torch.tensor(0.6), (padded.segment != PADDING)[:, None, None]
     assert torch.allclose(z[:, :N], vae.latents(*batch[:2]), atol=1e-5)
-    for x, y in zip(denoising_loss(dit, z, *padded[:2], t, eps, n_guess=2), denoising_loss(dit, z[:, :N], *batch[:2], t, eps[:, :N], n_guess=2)):
-        assert torch.allclose(x[:, :N], y, rtol=1e-4, atol=1e-5)
+    for scale in (1, 3):
+        a = guided_estimate(dit.train(), z[:, :N], t, z[:, :N], z[:, :N], batch.segment, scale)
+        b = guided_estimate(dit.train(), z, t, z, z, padded.segment, scale, mask=mask)
+        assert torch.allclose(a, b[:, :N], rtol=1e-4, atol=1e-4), scale
     means = []
     for b in (batch, padded):
         vae.standardise([b])
@@ -182,7 +184,7 @@ def test_reports_count_up_to_the_first_end_of_text_only(vae):
     batch = make_batch()
     report = vae(batch)
     logits = vae.decode(vae.posterior(*batch[:2])[0], batch.segment)
-    counted = batch.weight == 1
+    counted = batch.counted
     ce = torch.nn.functional.cross_entropy(logits[counted], batch.tokens[counted])
     assert report["ce"].item() == pytest.approx(ce.item(), rel=1e-4)
     assert (batch.tokens[~counted] == EOT).all() and (batch.tokens == EOT)[counted].sum() == 4
@@ -199,8 +201,8 @@ def test_vae_loss_is_ce_plus_kl_minus_cosine(vae):
     kl = torch.distributions.kl_divergence(torch.distributions.Normal(mu, (0.5 * logvar).exp()),
                                            torch.distributions.Normal(torch.zeros_like(mu), torch.ones_like(mu))).sum(-1)
     report = vae(batch, features)
-    assert report["kl"].item() == pytest.approx(kl[batch.weight == 1].mean().item(), rel=1e-4)
-    batch = batch._replace(weight=(batch.weight == 1).float())
+    assert report["kl"].item() == pytest.approx(kl[batch.counted].mean().item(), rel=1e-4)
+    batch = batch._replace(weight=batch.counted.float())
     report = {k: v.item() for k, v in vae(batch, features, beta=0.25).items()}
     assert report["loss"] == pytest.approx(report["ce"] + 0.25 * report["kl"] - vae.config.repa * report["cos"], rel=1e-4)
 
@@ -248,14 +250,14 @@ def test_teacher_features_are_third_to_last_and_aligned():
 def test_standardised_latents_have_mean_0_and_std_1(vae):
     batches = [make_batch(64, seed=i) for i in range(4)]
     vae.standardise(batches)
-    z = torch.cat([vae.latents(b.tokens, b.segment)[b.weight == 1] for b in batches])
+    z = torch.cat([vae.latents(b.tokens, b.segment)[b.counted] for b in batches])
     assert z.mean(0).abs().max() < 1e-4 and (z.std(0) - 1).abs().max() < 1e-3
 
 
 def test_an_untrained_dit_predicts_zero(vae):
     dit = TextDiT(DiTConfig(**SMALL, channels=C, predict_tokens=False))
     z_0, eps, segment = torch.randn(4, N, C), torch.randn(4, N, C), make_batch().segment
-    loss, *_ = denoising_loss(dit, z_0, None, segment, torch.rand(4), eps)
+    loss, *_ = denoising_loss(dit, z_0, z_0, None, segment, torch.rand(4), eps)
     assert torch.allclose(loss, (eps - z_0).square().mean(-1))
 
 
@@ -264,8 +266,8 @@ def test_an_exact_velocity_has_no_loss_and_its_estimate_is_the_data(dit):
         return
     z_0, eps, segment = torch.randn(4, N, C), torch.randn(4, N, C), torch.full((4, N), TARGET)
     t = torch.tensor([0.1, 0.5, 0.9, 1.0])
-    dit.forward = lambda x, s, t, guess: (x - z_0) / t[:, None, None]
-    loss, output, x = denoising_loss(dit, z_0, None, segment, t, eps)
+    dit.forward = lambda x, s, t, guess, *_: (x - z_0) / t[:, None, None]
+    loss, output, x = denoising_loss(dit, z_0, z_0, None, segment, t, eps)
     assert loss.max() < 1e-8 and torch.allclose(dit.estimate(output, x, t), z_0, atol=1e-5)
 
 
@@ -273,7 +275,7 @@ def test_self_conditioning_tells_some_rows_what_a_first_pass_estimated_of_the_ta
     tokens, segment, _ = make_batch()
     z_0, eps, t, forward, guesses = torch.randn(4, N, C), torch.randn(4, N, C), torch.rand(4), dit.forward, []
     dit.forward = lambda x, segment, t, guess: guesses.append(guess.clone()) or forward(x, segment, t, guess)
-    loss, output, x = denoising_loss(dit, z_0, tokens, segment, t, eps, n_guess=2)
+    loss, output, x = denoising_loss(dit, z_0, z_0, tokens, segment, t, eps, n_guess=2)
     first, guess = guesses
     assert not first.any() and not guess[2:].any() and not guess.requires_grad
     alone = forward(x, segment, t, torch.zeros_like(x))
@@ -335,8 +337,8 @@ def test_an_exact_posterior_samples_tokens_as_often_as_they_are():
                         to_output=lambda z: p.log() - ((z[..., None, :] - (1 - now["t"]) * dit.latent_of) / now["t"]).square().sum(-1) / 2).items():
         delattr(dit, name)
         setattr(dit, name, f)
-    z = euler(lambda z, t: now.update(t=t) or (z - dit.estimate(dit(z, segment, t[None], torch.zeros_like(z)), z, t[None])) / t, torch.randn(1, 4000, 2, generator=torch.Generator().manual_seed(0)),
-              torch.linspace(1, 0, 201))
+    z = euler(lambda z, t, guess: now.update(t=t) or dit.estimate(dit(z, segment, t[None], guess), z, t[None]),
+              torch.randn(1, 4000, 2, generator=torch.Generator().manual_seed(0)), torch.linspace(1, 0, 201))
     distance, token = (z[0, :, None] - dit.latent_of).norm(dim=-1).min(-1)
     assert distance.quantile(0.99) < 0.02 and ((token.bincount() / 4000) - p).abs().max() < 0.02
 
@@ -356,7 +358,7 @@ def test_latents_of_tokens_are_their_means(vae):
     table = train_dit.latents_of_tokens(vae, batches)
     for token in (3, EOT, V - 2):
         own = [vae.latents(torch.tensor([[token]]), torch.tensor([[TARGET]]))[0]]
-        own += [vae.latents(b.tokens, b.segment)[(b.weight == 1) & (b.tokens == token)] for b in batches]
+        own += [vae.latents(b.tokens, b.segment)[b.counted & (b.tokens == token)] for b in batches]
         assert torch.allclose(table[token], torch.cat(own).mean(0), atol=1e-5)
 
 
@@ -381,7 +383,7 @@ def test_euler_integrates_a_constant_velocity_exactly():
     for steps in (1, 7, 50):
         times = logit_normal(torch.linspace(1, 0, steps + 1), DiTConfig())
         assert times[0] == 1 and times[-1] == 0 and (times.diff() < 0).all()
-        assert torch.allclose(euler(lambda z, t: v, z, times), z - v, atol=1e-5)
+        assert torch.allclose(euler(lambda z, t, guess: z - t * v, z, times), z - v, atol=1e-5)
 
 
 def test_euler_error_halves_when_steps_double():
@@ -394,10 +396,10 @@ def test_euler_error_halves_when_steps_double():
         q = ((1 - t) * s) ** 2 + t**2
         return -m + (t - (1 - t) * s**2) / q * (z - (1 - t) * m)
 
-    errors = []
+    estimate, errors = lambda z, t, guess: z - t * velocity(z, t), []
     for steps in (50, 100, 200, 400):
         times = logit_normal(torch.linspace(1, 0, steps + 1), DiTConfig(t_mean=0.0, t_std=1.5)).double()
-        errors.append((euler(velocity, eps, times) - (m + s * eps)).abs().max().item())
+        errors.append((euler(estimate, eps, times) - (m + s * eps)).abs().max().item())
     ratios = [a / b for a, b in zip(errors, errors[1:])]
     assert errors[0] < 0.1 and all(1.6 < r < 2.4 for r in ratios), (errors, ratios)
 
@@ -452,8 +454,8 @@ def test_the_callback_sees_the_way_from_noise(vae, dit):
     assert [t for t, _ in seen] == sorted((t for t, _ in seen), reverse=True) and seen[0][0] == 1 and len(seen) == 8
     assert seen[-1][1] == text  # the last step goes where the last velocity points
     data, ways = torch.randn(2, 3, C), []
-    euler(lambda z, t: (z - data) / t, torch.randn(2, 3, C), torch.linspace(1, 0, 6), lambda t, z, z_0: ways.append(z_0))
-    assert len(ways) == 5 and all(torch.allclose(z_0, data, atol=1e-5) for z_0 in ways)
+    end = euler(lambda z, t, guess: data, torch.randn(2, 3, C), torch.linspace(1, 0, 6), lambda t, z_0: ways.append(z_0))
+    assert len(ways) == 5 and all(z_0 is data for z_0 in ways) and torch.allclose(end, data, atol=1e-5)
 
 
 def test_times_are_told_apart():
@@ -651,7 +653,7 @@ def test_nanogpt_bins_are_gpt2_streams(tmp_path, monkeypatch):
     corpus = Corpus(tmp_path, "train", 64)
     assert corpus.encoding["encoding"] == "gpt2" and corpus.is_stream
     batch = corpus.batch(np.random.default_rng(0), 16, 32, cut_words=False)
-    assert (batch.tokens.diff(dim=1) == 1).all() and len(set(batch.tokens[:, 0].tolist())) > 8 and (batch.weight == 1).all()
+    assert (batch.tokens.diff(dim=1) == 1).all() and len(set(batch.tokens[:, 0].tolist())) > 8 and batch.counted.all()
 
 
 def test_rows_are_documents_cut_anywhere(home):
@@ -682,7 +684,7 @@ def test_masked_diffusion_counts_every_token_once_and_draws_what_the_model_says(
     sys.path.insert(0, str(ROOT / "bench"))
     from train_masked import MaskedLM, masked_loss, unmask
     batch, seen = make_batch(rows=400)._replace(segment=(torch.arange(N) >= 3).long().repeat(400, 1)), []
-    net = lambda tokens, masked, segment: seen.append(masked) or torch.zeros(*tokens.shape, V)
+    net = lambda tokens, masked: seen.append(masked) or torch.zeros(*tokens.shape, V)
     losses = [masked_loss(net, batch, torch.Generator().manual_seed(i)).item() for i in range(40)]
     assert np.mean(losses) == pytest.approx(np.log(V), rel=0.03), "a bound: a model that knows nothing is charged log V a token"
     assert not any((masked & (batch.segment == CONTEXT)).any() for masked in seen)
@@ -695,7 +697,7 @@ def test_masked_diffusion_counts_every_token_once_and_draws_what_the_model_says(
     assert all(len(text) == N - 3 for text in texts)
     assert (torch.tensor(texts).flatten().bincount(minlength=V) / (1500 * (N - 3)) - p).abs().max() < 0.02
     scores = torch.rand(V).log()  # what is not masked is seen: the second half of the target repeats what the model was shown
-    model.forward = lambda tokens, masked, segment: torch.where(masked[..., None], scores, torch.nn.functional.one_hot(tokens, V) * 99.0)
+    model.forward = lambda tokens, masked, mask: torch.where(masked[..., None], scores, torch.nn.functional.one_hot(tokens, V) * 99.0)
     assert unmask(model, [[1, 2]], 3, EOT, steps=4, temperature=0.0) == [[scores.argmax().item()] * 3]
 
 

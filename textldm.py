@@ -49,13 +49,21 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 CONTEXT, TARGET, PADDING = 0, 1, 2
-Batch = collections.namedtuple("Batch", "tokens segment weight")  # (B, N) each
-TAIL_WEIGHT = 0.1  # below 1, which marks counted tokens. unspecified: enough to learn that nothing follows, too little to drown the text
+TAIL_WEIGHT = 0.1  # unspecified: enough to learn that nothing follows, too little to drown the text
 BROKEN = (KeyError, ValueError, TypeError, AttributeError, ArithmeticError, IndexError, RuntimeError)  # what a damaged or foreign file may raise
 
 
 class UserError(Exception):
     """Something the user can mend: scripts print its one sentence and exit with code 2."""
+
+
+class Batch(collections.namedtuple("Batch", "tokens segment weight")):          # (B, N) each
+    @property
+    def counted(self):                                                          # (B, N)
+        return self.weight == 1
+
+    def to(self, device):
+        return Batch(*(x.to(device) for x in self))
 
 
 def option(default, help, low=None, high=None):
@@ -68,7 +76,7 @@ class Config:
         for f in fields(self):
             value, low, high = getattr(self, f.name), f.metadata.get("low", 0), f.metadata.get("high")
             if type(value) is not f.type or not (low is None or value >= low) or not (high is None or value <= high):
-                raise UserError(f"--{f.name}={value!r} is no {f.type.__name__} of {low} to {'any' if high is None else high}")
+                raise UserError(f"--{f.name}={value!r}: expected {f.type.__name__}" + f" from {low} to {'any' if high is None else high}" * (f.type is not bool))
 
 
 # ---- 1. Blocks: the pre-norm Transformer that all four networks (GPT, encoder, decoder, DiT) are stacks of
@@ -303,13 +311,13 @@ class TextVAE(nn.Module):
         cos = torch.zeros_like(ce) if features is None else self.alignment(student, features)  # (B, N)
         loss = ce + (self.config.beta if beta is None else beta) * kl - self.config.repa * cos
         report = dict(ce=ce, kl=kl, cos=cos, accuracy=(logits.argmax(-1) == tokens).float())
-        return {k: weighted_mean(x.detach(), weight == 1) for k, x in report.items()} | dict(loss=weighted_mean(loss, weight))
+        return {k: weighted_mean(x.detach(), batch.counted) for k, x in report.items()} | dict(loss=weighted_mean(loss, weight))
 
     @torch.no_grad()
     def standardise(self, batches):
         """Measures and stores mean and std per channel of the counted latents in batches. Returns how many
         channels are active: their mean differs from token to token, with a variance above 0.01."""
-        mu = torch.cat([self.posterior(b.tokens, b.segment)[0][b.weight == 1] for b in batches]).cpu().double()
+        mu = torch.cat([self.posterior(b.tokens, b.segment)[0][b.counted] for b in batches]).cpu().double()
         self.z_mean.copy_(mu.mean(0))
         self.z_std.copy_(mu.std(0).clamp(min=1e-6))
         return int((mu.var(0) > 0.01).sum())
@@ -329,7 +337,7 @@ class TextVAE(nn.Module):
 class DiTConfig(TrunkConfig):
     channels: int = 0  # C, the VAE's
     adaln: bool = option(True, "deviation: tell the blocks the time, by adaLN-zero")
-    context_drop: float = option(0.1, "share of rows trained without their context, for guidance (the paper's)", 0, 1)
+    context_drop: float = option(0.1, "share of rows trained without their context, for guidance (the paper's); if 0, sample with --cfg=1", 0, 1)
     predict_tokens: bool = option(True, "deviation: predict p(token), from which the velocity follows")
     self_condition: bool = option(True, "deviation: tell the DiT what it estimated a step before")
     t_mean: float = option(0.8, "logit-normal times: mean (deviation: the paper has 0)", -9, 9)
@@ -361,27 +369,26 @@ class TextDiT(nn.Module):
         angle = 1000 * t[:, None] * 10000 ** (-torch.arange(half, device=t.device) / half)  # (B, E/2)
         return self.time_mlp(torch.cat((angle.cos(), angle.sin()), dim=-1))     # (B, E)
 
-    def forward(self, x, segment, t, guess):
+    def forward(self, x, segment, t, guess, mask=None):
         """x (B, N, C), clean (or dropped: zero) where segment is CONTEXT, noisy where TARGET; t (B,); guess (B, N, C): an earlier
-        estimate of the targets' z_0, zero where there is none. Returns velocities (B, N, C), or with `predict_tokens` logits
-        (B, N, V) of the tokens given all of x."""
+        estimate of the targets' z_0, zero where there is none; mask as of attention. Returns velocities (B, N, C), or with
+        `predict_tokens` logits (B, N, V) of the tokens given all of x."""
         is_target = segment == TARGET                                           # (B, N)
         h = self.from_latent(x) + self.segment_emb(is_target.long())            # (B, N, E)
         if self.config.self_condition:
             h = h + self.from_guess(guess * is_target[..., None])
-        mask = None if self.training else (segment != PADDING)[:, None, None, :]  # (B, 1, 1, N); Corpus.batch makes no padding
         h = self.trunk(h, mask, self.time_embedding(t) if self.config.adaln else None)
         return self.to_output(h).float()
 
     def estimate(self, output, x, t, temperature=1.0):
-        """The clean latents E[z_0 | x] (B, N, C), as forward's output for x (B, N, C) and t (B,) has them. A temperature below 1
-        makes them those of likelier tokens, where there are any."""
+        """The clean latents E[z_0 | x] (B, N, C) that forward's output for x (B, N, C) and t (B,) amounts to. A temperature below 1
+        makes them those of likelier tokens, if it predicts tokens."""
         if not self.config.predict_tokens:
             return x - t[:, None, None] * output                                # where the path ends if it is straight
-        # E[z_0 | x] is the sum over tokens of p(token | x) E[z_0 | token, x]. Instead of the latter `latent_of` has
-        # E[z_0 | token]: what a latent holds beyond its token (train_dit.py prints how much) is not in a sample, where all
-        # estimates come from this table; it is in the context and in the noisy targets of training.
-        return (output / max(temperature, 1e-4)).softmax(-1) @ self.latent_of
+        # E[z_0 | x] is the sum over tokens of p(token | x) E[z_0 | token, x]. `latent_of` ignores the rest of x: it has E[z_0 | token].
+        # So what a latent holds beyond its token (train_dit.py prints how much) is in contexts and in training's targets, not in samples.
+        with torch.autocast(output.device.type, enabled=False):                 # guidance takes differences of estimates
+            return (output / max(temperature, 1e-4)).softmax(-1) @ self.latent_of
 
 
 # ---- 5. Flow matching [FM]: the loss, and the sampler ----------------------------------------------------
@@ -391,19 +398,18 @@ def logit_normal(u, config):
     return torch.sigmoid(config.t_mean + config.t_std * math.sqrt(2) * torch.erfinv(2 * u - 1))
 
 
-def denoising_loss(dit, z_0, tokens, segment, t, eps, drop=None, n_guess=0):
-    """What flow_loss draws is given here: latents z_0 and noise eps (B, N, C), their tokens (B, N), times t (B,); rows where drop
-    (B,) is true have zeros for a context; the first n_guess rows are told the estimate of a first pass, where a sample is told the
-    guided one of the step before (self-conditioning [AB]). Returns the loss (B, N), cross-entropy or, of velocities, flow matching's squared
-    error (Eq. 5 of [TextLDM]), of meaning on the target only, and the DiT's output with the x that it is for."""
+def denoising_loss(dit, z_0, context, tokens, segment, t, eps, n_guess=0):
+    """The loss (B, N), to be averaged over targets, for what flow_loss draws: latents z_0 and noise eps (B, N, C), the tokens (B, N),
+    times t (B,). The loss is cross-entropy or, of velocities, flow matching's squared error (Eq. 5 of [TextLDM]). context (B, N, C) is z_0,
+    or zeros in the rows where it is dropped. Self-conditioning [AB]: a sample is told what the step before estimated; in training the
+    first n_guess rows are told what a first pass estimates. Returns also the DiT's output, and the x (B, N, C) that it is for."""
     at = t[:, None, None]                                                       # (B, 1, 1)
     z_t = (1 - at) * z_0 + at * eps                                             # (B, N, C)
-    context = z_0 if drop is None else z_0.masked_fill(drop[:, None, None], 0)
     x, guess = torch.where((segment == TARGET)[..., None], z_t, context), torch.zeros_like(z_0)
     if dit.config.self_condition and n_guess:
-        some = slice(n_guess)
+        first = x[:n_guess], segment[:n_guess], t[:n_guess], guess[:n_guess]
         with torch.no_grad():
-            guess[some] = dit.estimate(dit(x[some], segment[some], t[some], guess[some]), x[some], t[some])
+            guess[:n_guess] = dit.estimate(dit(*first), first[0], first[2])
         torch.clear_autocast_cache()  # before torch 2.10 the second pass would reuse weights cast without a gradient (pytorch#112583)
     output = dit(x, segment, t, guess)
     loss = cross_entropy(output, tokens) if dit.config.predict_tokens else (output - (eps - z_0)).square().mean(-1)
@@ -416,31 +422,34 @@ def flow_loss(dit, vae, batch, generator):
     u, luck = torch.rand(2, len(z_0), generator=generator, device=z_0.device)   # (B,) each
     eps = torch.randn(z_0.shape, generator=generator, device=z_0.device)
     t, drop = logit_normal(u, dit.config), luck < dit.config.context_drop
-    loss, *_ = denoising_loss(dit, z_0, batch.tokens, batch.segment, t, eps, drop, n_guess=(len(z_0) + 1) // 2)
+    context = z_0.masked_fill(drop[:, None, None], 0)                           # (B, N, C)
+    loss, *_ = denoising_loss(dit, z_0, context, batch.tokens, batch.segment, t, eps, n_guess=(len(z_0) + 1) // 2)
     return dict(loss=weighted_mean(loss, batch.weight * (batch.segment == TARGET)))
 
 
-def guided_estimate(dit, z, t, guess, context, segment, cfg_scale, temperature=1.0):
+def guided_estimate(dit, z, t, guess, context, segment, cfg_scale, temperature=1.0, mask=None):
     """e_u + w (e_c - e_u) [CFG], of the estimates of z_0 with and without the context, for latents z (B, N, C) at time t and the
     estimate before, guess (B, N, C). To guide estimates is to guide velocities, which are (z - e) / t. w = 1 is the conditional
     model, at half the cost. context (B, N, C) holds clean latents; what z holds in their places is never looked at."""
     is_target, t = (segment == TARGET)[..., None], t.expand(len(z))             # (B, N, 1), (B,)
     x = torch.where(is_target, z, context)                                      # (B, N, C)
     if cfg_scale == 1:
-        return dit.estimate(dit(x, segment, t, guess), x, t, temperature)
+        return dit.estimate(dit(x, segment, t, guess, mask), x, t, temperature)
+    mask = mask if mask is None else mask.repeat(2, 1, 1, 1)
     x, t = torch.cat((x, torch.where(is_target, z, 0.0))), t.repeat(2)          # (2 B, N, C): the last B rows without their context
-    e_c, e_u = dit.estimate(dit(x, segment.repeat(2, 1), t, guess.repeat(2, 1, 1)), x, t, temperature).chunk(2)
+    e_c, e_u = dit.estimate(dit(x, segment.repeat(2, 1), t, guess.repeat(2, 1, 1), mask), x, t, temperature).chunk(2)
     return e_u + cfg_scale * (e_c - e_u)
 
 
-def euler(velocity, z, times, callback=None):
-    """Integrates dz/dt = velocity(z, t) along times (steps + 1,), from noise to data. callback(t, z, z_0)
-    sees the latents before every step, and the clean ones that the velocity points to."""
+def euler(estimate, z, times, callback=None):
+    """Integrates dz/dt = eps - z_0 along times (steps + 1,), from noise z (B, N, C) to data, with z_0 = estimate(z, t, guess), whose
+    guess is the one of the step before. callback(t, z_0) sees each."""
+    guess = torch.zeros_like(z)
     for t, t_next in zip(times[:-1], times[1:]):
-        v = velocity(z, t)
+        guess = estimate(z, t, guess)
         if callback is not None:
-            callback(t, z, z - t * v)
-        z = z + (t_next - t) * v
+            callback(t, guess)
+        z = z + (t_next - t) * (z - guess) / t                                  # eps - z_0, as z = (1 - t) z_0 + t eps
     return z
 
 
@@ -474,17 +483,13 @@ def continue_texts(vae, dit, prompts, length, eot, steps=20, cfg_scale=3.0, temp
     texts = lambda z: texts_of(vae.read(z, segment), segment, eot)
     context = vae.latents(tokens, segment)                                      # (B, N, C); the targets' are of end-of-texts, and not read
     times = logit_normal(torch.linspace(1, 0, steps + 1), dit.config).to(z.device)
-    guess = torch.zeros_like(z)                                                 # of z_0, by the step before, guided
-
-    def velocity(z, t):
-        nonlocal guess
-        guess = guided_estimate(dit, z, t, guess, context, segment, cfg_scale, temperature)
-        return (z - guess) / t                                                  # eps - z_0, as z = (1 - t) z_0 + t eps
-
-    return texts(euler(velocity, z, times, callback and (lambda t, z, z_0: callback(float(t), texts(z_0)))))
+    mask = (segment != PADDING)[:, None, None]                                  # (B, 1, 1, N)
+    estimate = lambda z, t, guess: guided_estimate(dit, z, t, guess, context, segment, cfg_scale, temperature, mask)
+    return texts(euler(estimate, z, times, callback and (lambda t, z_0: callback(float(t), texts(z_0)))))
 
 
-# ---- 6. Plumbing, once for all scripts: tokenizers, batches, command line, checkpoints, the training loop
+# ---- 6. Plumbing, once for all scripts: tokenizers, batches, command line, checkpoints, the training loop.
+# TextLDM ends above; a first reading can, too.
 # How GPT-2 cuts text into words before it merges bytes (its published pattern); our own BPEs do the same.
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
@@ -535,7 +540,7 @@ class Corpus:
 
     def batch(self, rng, B, N, device="cpu", cut_words=True):
         """B rows of N tokens. Each is cut in context and target at a place drawn anew: at the start (an empty
-        context), between tokens, or, in about one row of five, inside one, so that any prompt is in
+        context), between tokens, or, in about one row of six, inside one, so that any prompt is in
         distribution. unspecified: all of this. The paper cuts, and does not say where."""
         tokens, cuts, lengths = np.full((B, N), self.eot), np.zeros(B, int), np.zeros(B, int)
         for i in range(B):
@@ -553,7 +558,7 @@ class Corpus:
             tokens[i, : lengths[i]] = row[:N]
         segment = np.where(np.arange(N) < cuts[:, None], CONTEXT, TARGET)
         weight = np.where(np.arange(N) < lengths[:, None], 1, TAIL_WEIGHT).astype(np.float32)
-        return Batch(*(torch.from_numpy(x).to(device) for x in (tokens, segment, weight)))
+        return Batch(*map(torch.from_numpy, (tokens, segment, weight))).to(device)
 
     def fixed_batches(self, n, device, cut_words=True):
         """n batches of up to 16,384 tokens, always the same ones, so that any two checkpoints compare."""
@@ -609,7 +614,7 @@ def command_line(description, *types, presets=None):
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     if presets:
         parser.add_argument("--preset", choices=presets, default="tiny", help="sizes and schedule (tiny)")
-        parser.add_argument("--recipe", choices=("ours", "paper"), default="ours", help="paper: its choice where an option is a deviation, before presets (ours)")
+        parser.add_argument("--recipe", choices=("ours", "paper"), default="ours", help="paper: its choice where an option is a deviation; overrides presets (ours)")
     tiny = (presets or {}).get("tiny", {})
     for f in [f for t in types for f in fields(t) if f.metadata]:
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
@@ -635,7 +640,7 @@ def run(main):  # a script's; what the user can mend becomes one line and exit c
 
 
 def pick_device(name):
-    """A torch.device, and the autocast to compute in: bf16 where the hardware has it, not where it is emulated."""
+    """A torch.device, and the autocast to compute in: bf16 where the hardware has it, not where it is emulated. Chooses its kernels, too."""
     if name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"                        # torchrun's, one GPU a process
     name = name if name != "auto" else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -643,7 +648,7 @@ def pick_device(name):
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device={name} is not to be had here ({str(e)[:80]!r})") from None
+        raise UserError(f"--device={name} is not available here ({str(e)[:80]!r})") from None
     torch.backends.cuda.enable_flash_sdp(device.type != "cpu")  # on a CPU's short rows the plain kernel trains 1.5 times as fast
     bf16 = dict(cpu=getattr(torch.cpu, "_is_avx512_bf16_supported", bool),
                 cuda=lambda: torch.cuda.is_bf16_supported(including_emulation=False)).get(device.type, bool)()
@@ -774,7 +779,7 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=Tru
             report = collections.Counter()                                      # adds the terms of all micro-batches
             for k, (batch, generator) in enumerate(batches):
                 objective.require_backward_grad_sync = k == len(batches) - 1    # processes exchange gradients once a step
-                share, batch = weight_of(batch) / total, Batch(*(x.to(device) for x in batch))
+                share, batch = weight_of(batch) / total, batch.to(device)
                 with autocast:
                     losses = objective(loss_of, batch, generator, step)
                 (losses["loss"] * share * world).backward()                     # times world, as the exchange takes the mean

@@ -34,8 +34,8 @@ def latents_of_tokens(vae, batches):
     """The mean latent (V, C) of each token, over its places in the batches and one alone, so that rare tokens have one."""
     alone = torch.arange(vae.config.vocab_size, device=vae.z_mean.device)[:, None]
     table = vae.latents(alone, torch.full_like(alone, TARGET))[:, 0]            # (V, C)
-    z = torch.cat([vae.latents(b.tokens, b.segment)[b.weight == 1] for b in batches])
-    tokens = torch.cat([b.tokens[b.weight == 1] for b in batches])
+    z = torch.cat([vae.latents(b.tokens, b.segment)[b.counted] for b in batches])
+    tokens = torch.cat([b.tokens[b.counted] for b in batches])
     table = table.index_add(0, tokens, z) / (1 + tokens.bincount(minlength=len(table)))[:, None]
     print(f"a token fixes its latent but for {(z - table[tokens]).square().mean():.1%} of its variance")
     return table
@@ -65,25 +65,25 @@ def main():
     eps = torch.randn(*rows.tokens.shape, config.channels, generator=torch.Generator().manual_seed(0)).to(device)
 
     # whose text takes the place of a row's context in `shuffled`: the next row's that is long enough
-    cuts, lengths, B = (rows.segment == CONTEXT).sum(1).tolist(), (rows.weight == 1).sum(1).tolist(), len(eps)
+    cuts, lengths, B = (rows.segment == CONTEXT).sum(1).tolist(), rows.counted.sum(1).tolist(), len(eps)
     donor = [next((j % B for j in range(i + 1, i + B) if lengths[j % B] > cuts[i]), i) for i in range(B)]
 
     @torch.no_grad()
     def evaluate(dit):
-        tokens, segment, weight = rows
-        counted = (weight == 1) & (segment == TARGET)
+        tokens, segment, _ = rows
+        counted = rows.counted & (segment == TARGET)
         z_0 = vae.latents(tokens, segment)                                      # (B, N, C)
-        strange = vae.latents(torch.where(segment == CONTEXT, tokens[donor], tokens), segment)  # the targets' are those of z_0
+        strange = vae.latents(torch.where(segment == CONTEXT, tokens[donor], tokens), segment)
         mean = lambda x: weighted_mean(x.float(), counted).item()
         lines, table = [f"{'t':>5}{'loss':>9}{'shuffled':>10}{'noisy':>8}{'predicted':>11}"], []
         for t in torch.arange(1, 10, device=device) / 10:
             t_rows = t.expand(len(z_0))                                         # (B,)
-            loss, output, x = denoising_loss(dit, z_0, tokens, segment, t_rows, eps, n_guess=len(z_0))
-            shuffled, *_ = denoising_loss(dit, strange, tokens, segment, t_rows, eps, n_guess=len(z_0))
-            guess = dit.estimate(output, x, t_rows)
+            loss, output, x = denoising_loss(dit, z_0, z_0, tokens, segment, t_rows, eps, n_guess=len(z_0))
+            shuffled, *_ = denoising_loss(dit, z_0, strange, tokens, segment, t_rows, eps, n_guess=len(z_0))
+            predicted = dit.estimate(output, x, t_rows)
             noisy = z_0 + t / (1 - t) * eps                                     # z_t / (1 - t)
             table.append(dict(t=round(t.item(), 1), loss=mean(loss), shuffled=mean(shuffled),
-                              noisy=mean(vae.read(noisy, segment) == tokens), predicted=mean(vae.read(guess, segment) == tokens)))
+                              noisy=mean(vae.read(noisy, segment) == tokens), predicted=mean(vae.read(predicted, segment) == tokens)))
             lines.append("{t:5.1f}{loss:9.4f}{shuffled:10.4f}{noisy:8.3f}{predicted:11.3f}".format(**table[-1]))
         prompts = [row[s == CONTEXT].tolist()[: config.block_size // 2] for row, s in zip(tokens[:4], segment)]
         for prompt, text in zip(prompts, continue_texts(vae, dit, prompts, config.block_size // 2, corpus.eot)):

@@ -48,7 +48,7 @@ def main():
     sample = corpus.fixed_batches(16, device)  # of training data, for statistics
     if teacher is not None:
         with autocast:
-            f = torch.cat([features(b)[b.weight == 1] for b in sample]).float()  # (tokens, E_teacher)
+            f = torch.cat([features(b)[b.counted] for b in sample]).float()  # (tokens, E_teacher)
         vae.teacher_mean.copy_(f.mean(0))
         vae.teacher_std.copy_(f.std(0).clamp(min=1e-6))
 

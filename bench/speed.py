@@ -132,7 +132,7 @@ def work(name, options):
             row = type(row)(*(x.to(device) for x in row))
             loss_of(model.to(device), row, torch.Generator(device).manual_seed(0), 0)["loss"].backward()
         model.zero_grad()
-        turn.measured(counter, cfg, corpus.N, (row.weight == 1).float().mean().item())
+        turn.measured(counter, cfg, corpus.N, row.counted.float().mean().item())
 
         def next_batch(rng, B, N, *rest, **rules):  # rows as long as they may be, as nanoGPT's are
             nonlocal micro
@@ -369,9 +369,9 @@ def growth(options, V):
         vae = TextVAE(VAEConfig(**size)).to(device).eval().requires_grad_(False)
         dit = TextDiT(DiTConfig(**size, channels=vae.config.channels)).to(device)
         row = textldm.Batch(torch.zeros(1, length, dtype=torch.long), (torch.arange(length) >= length // 4).long()[None], torch.ones(1, length))
-        row, result = textldm.Batch(*(x.to(device) for x in row)), []
+        row, result = row.to(device), []
         for what in (lambda: textldm.flow_loss(dit, vae, row, torch.Generator(device).manual_seed(0))["loss"].backward(),
-                     lambda: continue_texts(vae, dit.eval(), [[1] * (length // 4)], 0, V - 1, steps=8)):
+                     lambda: continue_texts(vae, dit, [[1] * (length // 4)], 0, V - 1, steps=8)):
             result.append(min(seconds_of(device, what, autocast) for _ in range(3)))
         return result, sum(p.numel() for p in dit.parameters())
 

@@ -32,7 +32,7 @@ def main():
 
     def loss_of(net, batch, generator=None, step=None):
         logits = net(F.pad(batch.tokens[:, :-1], (1, 0), value=corpus.eot)).float()  # (B, N, V)
-        return dict(loss=weighted_mean(cross_entropy(logits, batch.tokens), batch.weight == 1))
+        return dict(loss=weighted_mean(cross_entropy(logits, batch.tokens), batch.counted))
 
     @torch.no_grad()
     def evaluate(gpt):
@@ -40,7 +40,7 @@ def main():
         tqdm.write(f"val: {loss:.4f} nats a token")
         return dict(loss=loss)
 
-    train("gpt", cfg, GPT(config), corpus, loss_of, evaluate, weight_of=lambda b: (b.weight == 1).float().sum(), cut_words=False)
+    train("gpt", cfg, GPT(config), corpus, loss_of, evaluate, weight_of=lambda b: b.counted.float().sum(), cut_words=False)
 
 
 if __name__ == "__main__":

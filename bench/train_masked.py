@@ -30,8 +30,7 @@ class MaskedLM(Trunk):
         self.to_logits = nn.Linear(config.n_embd, config.vocab_size)
         init_weights(self)
 
-    def forward(self, tokens, masked, segment):                                 # (B, N) each -> (B, N, V)
-        mask = None if self.training else (segment != PADDING)[:, None, None, :]
+    def forward(self, tokens, masked, mask=None):                               # (B, N) each -> (B, N, V)
         return self.to_logits(super().forward(self.wte(tokens.masked_fill(masked, self.config.vocab_size)), mask)).float()
 
 
@@ -43,7 +42,7 @@ def masked_loss(net, batch, generator):
     t = t.clamp(min=1e-3)[:, None]                                              # (B, 1)
     is_target = batch.segment == TARGET
     masked = is_target & (torch.rand(B, N, generator=generator, device=t.device) < t)
-    ce = cross_entropy(net(batch.tokens, masked, batch.segment), batch.tokens)  # (B, N)
+    ce = cross_entropy(net(batch.tokens, masked), batch.tokens)  # (B, N)
     return weighted_mean(ce * masked / t, batch.weight * is_target)
 
 
@@ -56,7 +55,7 @@ def unmask(model, prompts, length, eot, steps=50, temperature=1.0, seed=0):
     tokens, segment = tokens.to(device), segment.to(device)
     masked = segment == TARGET
     for i in range(steps, 0, -1):
-        logits = model(tokens, masked, segment)
+        logits = model(tokens, masked, (segment != PADDING)[:, None, None])
         u, gumbel = torch.rand(tokens.shape, generator=generator), torch.rand(logits.shape, generator=generator)
         drawn = (logits / max(temperature, 1e-6) - (-gumbel.log()).log().to(device)).argmax(-1)  # a draw from the softmax
         now = masked & (u.to(device) < 1 / i)
@@ -73,7 +72,7 @@ def main():
 
     @torch.no_grad()
     def evaluate(model):
-        loss = sum(masked_loss(model, b._replace(weight=(b.weight == 1).float()), torch.Generator(b.tokens.device).manual_seed(i)).item()
+        loss = sum(masked_loss(model, b._replace(weight=b.counted.float()), torch.Generator(b.tokens.device).manual_seed(i)).item()
                    for i, b in enumerate(rows)) / len(rows)
         tqdm.write(f"val: at most {loss:.4f} nats a token of the target")
         return dict(loss=loss)
