@@ -4,6 +4,7 @@
     python sample.py --prompt="combining g" --trace             # the text as it forms out of noise
     python sample.py --prompts=in.jsonl --output=out.jsonl      # lines of {"prompt": ...}; adds "text", and if it "ended"
     python sample.py --prompt="greek" --gpt=out/gpt.pt          # what the autoregressive baseline writes
+    python sample.py --prompt="Return" --length=4096            # a DiT with latent_block: on and on, through one document after another
 """
 
 import json
@@ -23,7 +24,7 @@ from textldm import (GPT, Config, DiTConfig, TextDiT, TextVAE, UserError, VAECon
 class SampleConfig(Config):
     prompt: str = option("", "text to continue; may be empty, or end inside a word")
     n: int = option(1, "continuations of each prompt", 1)
-    length: int = option(0, "tokens to write at most; 0: what a training row leaves after the prompt", 0)
+    length: int = option(0, "tokens to write at most (exactly, with latent_block); 0: what a training row leaves after the prompt", 0)
     steps: int = option(20, "Euler steps", 1)
     cfg: float = option(3.0, "guidance scale; 1: none", 0, 1000)
     seed: int = option(0, "seed of the noise", 0, 2**31)
@@ -121,36 +122,43 @@ def main():
     else:
         vae, dit, tokenizer = load_models(options, device)
         block_size = dit.config.block_size
+    b = 0 if options.gpt else dit.config.latent_block
+    if b and options.trace:
+        raise UserError(f"--trace shows how one target forms, and this DiT writes blocks of {b}, one after another; leave it out")
     encoding, eot = load_encoding(tokenizer), tokenizer["eot"]
     lines = read_prompts(options)
-    prompts = fit([encoding.encode_ordinary(line["prompt"]) for line in lines], options.length, block_size)
+    prompts = fit([encoding.encode_ordinary(line["prompt"]) for line in lines], min(b, block_size // 2) or options.length, block_size)
     lines, prompts = ([x for x in xs for _ in range(options.n)] for xs in (lines, prompts))
 
     def show(ids):
-        return encoding.decode([i for i in ids if i != eot])
+        return encoding.decode(ids).removesuffix("<|endoftext|>").replace("<|endoftext|>", "\n")
 
     def trace(t, texts):
-        seen.append(t)
-        if (len(seen) - 1) % max(options.steps // 10, 1) == 0:
+        seen.append("")
+        if (len(seen) - 2) % max(options.steps // 10, 1) == 0:
             print(f"t={t:.3f}  " + "  ".join(repr(show(ids)) for ids in texts))
 
-    texts, seen = [], []
+    def stream(t, texts):
+        seen.append(f"{lines[0]['prompt']}|{show(texts[0])}".rstrip("\ufffd"))  # which may become a character
+        print(seen[-1][len(seen[-2]) :], end="", flush=True)
+
+    texts, seen, streams = [], [""], b and len(prompts) == 1 and not options.output
     for start in tqdm(range(0, len(prompts), options.batch_size), desc="sample", disable=len(prompts) <= options.batch_size):
         some, seed = prompts[start : start + options.batch_size], options.seed * 1_000_003 + start  # no two seeds share noise
-        seen.clear()
+        seen[:] = [""]
         with autocast:
             if options.gpt:
                 new = generate(gpt, some, options.length, eot, options.temperature, seed=seed)
             else:
                 new = continue_texts(vae, dit, some, options.length, eot, options.steps, options.cfg, options.temperature, seed,
-                                     trace if options.trace else None)
+                                     trace if options.trace else stream if streams else None)
         texts += [(show(ids), eot in ids) for ids in new]
     if options.output:
         write_whole(options.output, "".join(json.dumps(dict(line, text=text, ended=ended), ensure_ascii=False) + "\n"
                                             for line, (text, ended) in zip(lines, texts)))
     else:
         for line, (text, _) in zip(lines, texts):
-            print(f"{line['prompt']}|{text}")
+            print(f"{line['prompt']}|{text}"[len(seen[-1]) if streams else 0 :])
 
 
 if __name__ == "__main__":

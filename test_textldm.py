@@ -30,6 +30,7 @@ from textldm import (CONTEXT, GPT, PADDING, TARGET, Batch, Corpus, DiTConfig, Te
 
 ROOT = Path(__file__).parent
 EOT, V, C, N = 49, 50, 6, 12
+ONE = torch.zeros(N, dtype=torch.long)  # block: TextLDM's target is one
 SMALL = dict(n_layer=2, n_head=2, n_embd=16)
 DOCUMENTS = ["greek small letter alpha", "greek small letter beta", "latin capital letter a with grave",
              "cyrillic letter zhe", "arabic letter alef", "café ☕ naïve", "one two three four five six"] * 40
@@ -139,11 +140,13 @@ def test_one_masked_pass_equals_two_separate_ones(vae):
 def test_dit_target_sees_context_and_context_is_clean(dit):
     _, segment, _ = make_batch()
     x = torch.randn(4, N, C, requires_grad=True)
-    output = dit(x, segment, torch.full((4,), 0.5), torch.zeros_like(x))
+    output = dit(x, segment, torch.full((4, 1), 0.5), torch.zeros_like(x))
     grad, = torch.autograd.grad(output[segment == TARGET].sum(), x)
     assert (grad[segment == CONTEXT] != 0).any(-1).all()
-    z_0, eps, t = torch.randn(4, N, C), torch.randn(4, N, C), torch.full((4,), 0.7)
-    _, _, given = denoising_loss(dit, z_0, z_0, make_batch().tokens, segment, t, eps)  # context untouched at any t, target noised
+    z_0, eps, t, given = torch.randn(4, N, C), torch.randn(4, N, C), torch.full((4, 1), 0.7), []
+    dit.forward = lambda x, *_: given.append(x) or output
+    denoising_loss(dit, z_0, z_0, make_batch().tokens, segment, t, eps, ONE)    # context untouched at any t, target noised
+    given, = given
     assert torch.equal(given[segment == CONTEXT], z_0[segment == CONTEXT])
     assert torch.allclose(given[segment == TARGET], (0.3 * z_0 + 0.7 * eps)[segment == TARGET])
 
@@ -257,7 +260,7 @@ def test_standardised_latents_have_mean_0_and_std_1(vae):
 def test_an_untrained_dit_predicts_zero(vae):
     dit = TextDiT(DiTConfig(**SMALL, channels=C, predict_tokens=False))
     z_0, eps, segment = torch.randn(4, N, C), torch.randn(4, N, C), make_batch().segment
-    loss, *_ = denoising_loss(dit, z_0, z_0, None, segment, torch.rand(4), eps)
+    loss, *_ = denoising_loss(dit, z_0, z_0, None, segment, torch.rand(4, 1), eps, ONE)
     assert torch.allclose(loss, (eps - z_0).square().mean(-1))
 
 
@@ -265,21 +268,22 @@ def test_an_exact_velocity_has_no_loss_and_its_estimate_is_the_data(dit):
     if dit.config.predict_tokens:
         return
     z_0, eps, segment = torch.randn(4, N, C), torch.randn(4, N, C), torch.full((4, N), TARGET)
-    t = torch.tensor([0.1, 0.5, 0.9, 1.0])
-    dit.forward = lambda x, s, t, guess, *_: (x - z_0) / t[:, None, None]
-    loss, output, x = denoising_loss(dit, z_0, z_0, None, segment, t, eps)
-    assert loss.max() < 1e-8 and torch.allclose(dit.estimate(output, x, t), z_0, atol=1e-5)
+    t = torch.tensor([0.1, 0.5, 0.9, 1.0])[:, None]
+    dit.forward = lambda x, s, t, guess: (x - z_0) / t[..., None]
+    loss, *of = denoising_loss(dit, z_0, z_0, None, segment, t, eps, ONE)
+    assert loss.max() < 1e-8 and torch.allclose(dit.estimate(*of), z_0, atol=1e-5)
 
 
 def test_self_conditioning_tells_some_rows_what_a_first_pass_estimated_of_the_targets(dit):
     tokens, segment, _ = make_batch()
-    z_0, eps, t, forward, guesses = torch.randn(4, N, C), torch.randn(4, N, C), torch.rand(4), dit.forward, []
-    dit.forward = lambda x, segment, t, guess: guesses.append(guess.clone()) or forward(x, segment, t, guess)
-    loss, output, x = denoising_loss(dit, z_0, z_0, tokens, segment, t, eps, n_guess=2)
+    z_0, eps, t, forward, guesses, seen = torch.randn(4, N, C), torch.randn(4, N, C), torch.rand(4, 1), dit.forward, [], []
+    dit.forward = lambda x, segment, t, guess: seen.append(x) or guesses.append(guess.clone()) or forward(x, segment, t, guess)
+    loss, output, *_ = denoising_loss(dit, z_0, z_0, tokens, segment, t, eps, ONE, n_guess=2)
+    x = seen[1]
     first, guess = guesses
     assert not first.any() and not guess[2:].any() and not guess.requires_grad
     alone = forward(x, segment, t, torch.zeros_like(x))
-    assert torch.allclose(guess[:2], dit.estimate(alone, x, t)[:2], atol=1e-5)
+    assert torch.allclose(*((segment == TARGET)[:2, :, None] * g for g in (guess[:2], dit.estimate(alone, x, t)[:2])), atol=1e-5)
     assert not torch.allclose(alone[:2], output[:2], atol=1e-3)
     elsewhere = torch.where((segment == CONTEXT)[..., None], guess + 1, guess)  # there an estimate means nothing
     assert torch.equal(forward(x, segment, t, elsewhere), output)
@@ -337,14 +341,14 @@ def test_an_exact_posterior_samples_tokens_as_often_as_they_are():
                         to_output=lambda z: p.log() - ((z[..., None, :] - (1 - now["t"]) * dit.latent_of) / now["t"]).square().sum(-1) / 2).items():
         delattr(dit, name)
         setattr(dit, name, f)
-    z = euler(lambda z, t, guess: now.update(t=t) or dit.estimate(dit(z, segment, t[None], guess), z, t[None]),
+    z = euler(lambda z, t, guess: now.update(t=t) or dit.estimate(dit(z, segment, t[None, None], guess), z, t[None, None]),
               torch.randn(1, 4000, 2, generator=torch.Generator().manual_seed(0)), torch.linspace(1, 0, 201))
     distance, token = (z[0, :, None] - dit.latent_of).norm(dim=-1).min(-1)
     assert distance.quantile(0.99) < 0.02 and ((token.bincount() / 4000) - p).abs().max() < 0.02
 
 
 def test_a_low_temperature_points_to_the_likeliest_token_and_leaves_other_velocities(dit):
-    x, segment, t = torch.randn(4, N, C), make_batch().segment, torch.full((4,), 0.5)
+    x, segment, t = torch.randn(4, N, C), make_batch().segment, torch.full((4, 1), 0.5)
     output = dit(x, segment, t, torch.zeros_like(x))
     warm, cold = (dit.estimate(output, x, t, temperature) for temperature in (1.0, 0.0))
     if dit.config.predict_tokens:
@@ -371,7 +375,7 @@ def test_guidance_scale_1_is_the_conditional_model_and_0_the_unconditional(dit):
     context, z, guess, t = torch.randn(4, N, C), torch.randn(4, N, C), torch.randn(4, N, C), torch.tensor(0.4)
     is_target = (segment == TARGET)[..., None]
     both = [torch.where(is_target, z, x) for x in (context, 0.0)]
-    conditional, unconditional = (dit.estimate(dit(x, segment, t.expand(4), guess), x, t.expand(4)) for x in both)
+    conditional, unconditional = (dit.estimate(dit(x, segment, t.expand(4, 1), guess), x, t.expand(4, 1)) for x in both)
     assert not torch.allclose(conditional, unconditional, atol=1e-3)
     for scale, z_0 in ((1, conditional), (1 + 1e-7, conditional), (0, unconditional), (3, unconditional + 3 * (conditional - unconditional))):
         new = guided_estimate(dit, z, t, guess, context, segment, scale)
@@ -426,22 +430,147 @@ def test_texts_stop_at_the_end_of_text(vae, dit):
 
 def test_each_step_is_told_what_the_one_before_estimated(vae, dit, monkeypatch):
     told, made, real = [], [], textldm.guided_estimate
-    monkeypatch.setattr(textldm, "guided_estimate", lambda *a: told.append(a[3]) or made.append(real(*a)) or made[-1])
+    monkeypatch.setattr(textldm, "guided_estimate", lambda *a, **more: told.append(a[3]) or made.append(real(*a, **more)) or made[-1])
     continue_texts(vae, dit, [[1, 2], [3]], 6, EOT, steps=4)
     assert not told[0].any() and all(a is b for a, b in zip(told[1:], made)) and len(told) == 4
     assert not torch.equal(*(real(dit, made[0], torch.tensor(0.5), guess, made[0], make_batch().segment[:2, : made[0].shape[1]], 2.0)
                              for guess in (made[0], 0 * made[0])))
 
 
+# Cola DLM: blocks, each given all before it
+
+@pytest.fixture
+def cola(vae):
+    """A VAE and a DiT of blocks of 3 latents, with weights as of trained ones."""
+    vae.config.causal = True
+    dit = randomise(TextDiT(DiTConfig(**SMALL, block_size=N, vocab_size=V, channels=C, latent_block=3)), scale=0.1)
+    dit.to_output.weight.data *= 30
+    dit.latent_of.normal_(generator=torch.Generator().manual_seed(1))
+    return vae, dit
+
+
+def test_a_block_sees_the_clean_ones_before_it_and_itself(cola):
+    """Over every pair of blocks: by gradients, and, where a first pass is told to the second, by change."""
+    _, dit = cola
+    tokens, block = make_batch().tokens, (torch.arange(N) + 2) // 3
+    M, z_0 = int(block[-1]) + 1, torch.randn(4, N, C)
+    context, eps = (torch.randn(4, N, C, requires_grad=True) for _ in range(2))
+    run = lambda context, eps, n: denoising_loss(dit, z_0, context, tokens, None, torch.rand(4, M, generator=torch.Generator().manual_seed(0)), eps, block, n)[1]
+    output, told = run(context, eps, 0), run(context, eps, 4).detach()
+    for i in range(M):
+        of_context, of_noise = torch.autograd.grad(output[:, block == i].sum(), (context, eps), retain_graph=True)
+        for j in range(M):
+            assert (of_context[:, block == j] != 0).any() == (j < i), (i, j)
+            assert (of_noise[:, block == j] != 0).any() == (j == i), (i, j)
+    for j in range(M):
+        elsewhere = torch.where((block == j)[:, None], torch.randn(4, N, C), 0.0)
+        by_context, by_noise = ((run(*x, 4) - told).abs().amax(dim=(0, 2)) > 1e-5 for x in ((context + elsewhere, eps), (context, eps + elsewhere)))
+        assert torch.equal(by_context, block > j) and torch.equal(by_noise, block == j)
+
+
+def test_the_vae_of_blocks_looks_back_only_and_all_the_way(cola):
+    vae, _ = cola
+    tokens, segment = torch.randint(1, V - 1, (1, N)), torch.full((1, N), TARGET)
+    z, wte = torch.randn(1, N, C, requires_grad=True), vae.wte(tokens).detach().requires_grad_()
+    vae.wte.forward = lambda tokens: wte
+    for x, y in ((wte, vae.posterior(tokens, segment)[0]), (z, vae.decode(z, segment))):
+        sees = torch.stack([torch.autograd.grad(y[0, i].sum(), x, retain_graph=True)[0][0].abs().sum(-1) > 0 for i in range(N)])
+        assert torch.equal(sees, torch.ones(N, N).tril().bool())
+
+
+def test_each_block_has_its_time_and_all_is_clean_before_it(cola):
+    _, dit = cola
+    seen, forward, block = [], dit.forward, (torch.arange(N) + 1) // 3
+    dit.forward = lambda *x, **more: seen.append((x, more)) or forward(*x, **more)
+    z_0, eps, t = torch.randn(4, N, C), torch.randn(4, N, C), torch.rand(4, 5)
+    denoising_loss(dit, z_0, z_0, make_batch().tokens, None, t, eps, block)
+    (x, segment, times, guess), more = seen[0]
+    at = times[:, more["when"]]
+    assert not at[:, :N].any() and torch.equal(at[:, N:], t[:, block]) and torch.equal(x[:, :N], z_0)
+    assert torch.allclose(x[:, N:], z_0 + at[:, N:, None] * (eps - z_0), atol=1e-6)
+    # and the network knows them apart: another time in one block changes that block alone
+    other = times.clone()
+    other[:, 2] += 0.3
+    changed = (forward(x, segment, other, guess, **more) - forward(x, segment, times, guess, **more)).abs().amax(dim=(0, 2)) > 1e-6
+    assert torch.equal(changed, block == 1)
+
+
+@pytest.mark.parametrize("scale", (1.0, 2.0))
+def test_what_is_kept_of_the_history_is_what_reading_it_again_would_give(cola, scale):
+    """Against one pass over all that was ever read and the noisy block, with the mask of training, over several documents and rows."""
+    vae, dit = cola
+    read, forward, luck, history, outputs, kept = vae.read, dit.forward, torch.Generator().manual_seed(5), [], [], []
+    vae.read = lambda z, document: torch.where(torch.rand(document.shape, generator=luck) < 0.05, EOT, read(z, document))
+    prompts, W, b = [[1, 2, 3, 4, 5, 6, 7], [8, 9], []], N, 3
+    now, B = torch.zeros(3), 3 * (1 if scale == 1 else 2)
+    documents = torch.tensor([[-1] * (7 - len(p)) + [0] * len(p) for p in prompts])
+
+    def both(x, segment, t, guess, mask, position, cache, keep=0, last=0):
+        output = forward(x, segment, t, guess, mask, position=position, cache=cache, keep=keep, last=last)
+        if segment[0, 0] == CONTEXT:
+            history.append(x)
+            kept.append(cache[0][0].shape[3])
+        else:
+            whole, n = torch.cat((*history, x), dim=1), x.shape[1]
+            kind = torch.cat((torch.full((whole.shape[1] - n,), CONTEXT), segment[0]))
+            block = (torch.arange(whole.shape[1]) - 7) // b
+            near = torch.arange(whole.shape[1]) >= (7 + (block[:, None] + 1) * b).clamp(min=7) - W
+            label = torch.cat((documents, now[:, None].expand(3, n).long()), dim=1).repeat(B // 3, 1)
+            seen = textldm.who_sees_whom(kind, block) & textldm.same_segment(label) & near
+            again = forward(whole, kind.expand(B, -1), torch.cat((torch.zeros(B, 1), t), dim=1), torch.cat((torch.zeros(B, whole.shape[1] - n, C), guess), dim=1),
+                            seen, when=(kind == TARGET).long(), last=n)
+            assert torch.allclose(output, again, atol=1e-4)
+            outputs.append(output)
+        return output
+
+    dit.forward = both
+    for i, new in enumerate(textldm.write_blocks(vae, dit, prompts, EOT, 3, scale, 1.0, seed=4)):
+        documents = torch.cat((documents, now[:, None].expand(3, b).long()), dim=1)
+        now = now + (new == EOT).any(1)
+        if i == 12:
+            break
+    assert len(outputs) == 13 * 3 and now.min() > 0 and max(kept) <= W - b < 7 + 13 * b
+    assert all(not x[3:].any() for x in history), "guidance is against no history"
+
+
+def test_blocks_stop_or_go_on_and_do_not_depend_on_neighbours(cola):
+    vae, dit = cola
+    prompts = [[1, 2, 3], [4], []]
+    texts = continue_texts(vae, dit, prompts, 0, EOT, steps=3, seed=3)
+    assert [len(text) == N - len(p) or text[-1] == EOT for text, p in zip(texts, prompts)] == [True] * 3
+    assert texts[1:2] == continue_texts(vae, dit, [[5, 6, 7, 8, 9], [4]], 0, EOT, steps=3, seed=3)[1:]
+    seen = []
+    long = continue_texts(vae, dit, prompts[:1], 50, EOT, steps=3, seed=3, callback=lambda t, texts: seen.append(list(texts[0])))
+    assert len(long[0]) == 50 and long[0][: len(texts[0])] == texts[0]
+    assert all(b[: len(a)] == a for a, b in zip(seen, seen[1:])) and len(seen) > 15, "what was shown never changes"
+
+
+def test_textldm_is_as_it_was_before_there_were_blocks(vae, dit):
+    """The forward pass of part 5, written out: equal to the bit."""
+    batch, z_0, eps, t = make_batch(), torch.randn(4, N, C), torch.randn(4, N, C), torch.rand(4, 1)
+    _, output, *_ = denoising_loss(dit, z_0, z_0, batch.tokens, batch.segment, t, eps, torch.zeros(N, dtype=torch.long))
+    target = (batch.segment == TARGET)[..., None]
+    h = dit.from_latent(torch.where(target, (1 - t[..., None]) * z_0 + t[..., None] * eps, z_0)) + dit.segment_emb(batch.segment)
+    e = dit.time_embedding(t[:, 0])
+    for block in dit.trunk.h:
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = block.adaln(e)[:, None].chunk(6, dim=-1)
+        q, k, v = block.attn.c_attn(block.ln_1(h) * (1 + scale_1) + shift_1).view(4, N, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        q, k = (textldm.rotate(x, torch.arange(N)) for x in (q, k))
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(4, N, 16)
+        h = h + gate_1 * block.attn.c_proj(y)
+        h = h + gate_2 * block.mlp(block.ln_2(h) * (1 + scale_2) + shift_2)
+    assert torch.equal(output, dit.to_output(dit.trunk.ln_f(h)))
+
+
 def test_a_dit_begins_as_the_decoder_of_its_width(vae):
     dit = TextDiT(DiTConfig(**SMALL | dict(n_layer=4), vocab_size=V, channels=C))
     train_dit.begin_as_decoder(dit, vae)
-    segment, at_half = torch.full((3, N), TARGET), dit.time_embedding(torch.full((3,), 0.5))
+    segment, at_half = torch.full((3, N), TARGET), dit.time_embedding(torch.full((3, 1), 0.5))
     h, both = torch.randn(3, N, 16), textldm.same_segment(segment)
-    assert torch.allclose(h, dit.trunk.h[0](h, at_half, rope=True, mask=both))  # its gates are closed as ever
+    assert torch.allclose(h, dit.trunk.h[0](h, at_half, position=torch.arange(N), mask=both))  # its gates are closed as ever
     for i, block in enumerate(dit.trunk.h):
         block.adaln = None
-        assert torch.equal(block(h, rope=True, mask=both), vae.decoder.h[i // 2](h, rope=True, mask=both))
+        assert torch.equal(block(h, position=torch.arange(N), mask=both), vae.decoder.h[i // 2](h, position=torch.arange(N), mask=both))
     wider = TextDiT(DiTConfig(n_layer=2, n_head=2, n_embd=32, vocab_size=V, channels=C))
     before = [p.clone() for p in wider.parameters()]
     train_dit.begin_as_decoder(wider, vae)
@@ -480,7 +609,7 @@ def test_attention_is_softmax_attention():
 
 def test_rotary_attention_sees_distances_only():
     q, k = torch.randn(2, 1, 2, 1, 8).expand(2, 1, 2, N, 8)  # the same query and key at every position
-    scores = textldm.rotate(q) @ textldm.rotate(k).mT
+    scores = textldm.rotate(q, torch.arange(N)) @ textldm.rotate(k, torch.arange(N)).mT
     for distance in range(-N + 1, N):
         same = scores.diagonal(distance, dim1=-2, dim2=-1)
         assert torch.allclose(same, same[..., :1].expand_as(same), atol=1e-4)

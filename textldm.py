@@ -30,6 +30,7 @@ import argparse
 import base64
 import collections
 import copy
+import itertools
 import json
 import math
 import os
@@ -90,12 +91,12 @@ class TrunkConfig(Config):
     vocab_size: int = 0  # the corpus's
 
 
-def rotate(x):
-    """Rotary positions [RoPE]: turns pairs of channels of x (..., N, D) by angles that grow with the position, so
+def rotate(x, position):
+    """Rotary positions [RoPE]: turns pairs of channels of x (..., N, D) by angles that grow with the position (N,), so
     that q . k depends on the distance of two tokens only."""
-    N, D = x.shape[-2:]
+    D = x.shape[-1]
     frequency = 10000 ** (-torch.arange(0, D, 2, device=x.device) / D)          # (D/2,)
-    angle = torch.arange(N, device=x.device)[:, None] * frequency               # (N, D/2)
+    angle = position[:, None] * frequency                                       # (N, D/2)
     (a, b), cos, sin = x.float().chunk(2, dim=-1), angle.cos(), angle.sin()     # a, b (..., N, D/2)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
 
@@ -109,10 +110,16 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(n_embd, 3 * n_embd)
         self.c_proj = nn.Linear(n_embd, n_embd)
 
-    def forward(self, x, rope=False, mask=None, causal=False):
+    def forward(self, x, position=None, mask=None, causal=False, past=None, keep=0):
+        """past is a list, empty or with the keys and values (2, B, H, N_past, D) of what was read before, which x sees too. If
+        keep > 0, those of x are added to it, and the last `keep` kept."""
         B, N, E = x.shape
         qkv = self.c_attn(x).view(B, N, 3, self.n_head, E // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, N, D)
-        q, k, v = *(rotate(qkv[:2]) if rope else qkv[:2]), qkv[2]               # (B, H, N, D) each
+        q, k, v = *(qkv[:2] if position is None else rotate(qkv[:2], position)), qkv[2]  # (B, H, N, D) each
+        if past:
+            k, v = torch.cat((past[0], torch.stack((k, v))), dim=3)             # (B, H, N_past + N, D) each
+        if keep:
+            past[:] = [torch.stack((k, v))[..., -keep:, :]]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.c_proj(y.transpose(1, 2).reshape(B, N, E))                  # (B, N, E)
 
@@ -128,12 +135,13 @@ class Block(nn.Module):
             c_fc=nn.Linear(n_embd, 4 * n_embd), gelu=nn.GELU(), c_proj=nn.Linear(4 * n_embd, n_embd)))
         self.adaln = nn.Linear(n_embd, 6 * n_embd) if adaln else None
 
-    def forward(self, x, time_emb=None, **attention):                           # x (B, N, E), time_emb (B, E)
+    def forward(self, x, time_emb=None, when=None, **attention):                # x (B, N, E), time_emb (B, M, E), when (N,) or None
         if self.adaln is None:
             x = x + self.attn(self.ln_1(x), **attention)
             return x + self.mlp(self.ln_2(x))
-        six = self.adaln(time_emb)[:, None].chunk(6, dim=-1)                    # (B, 1, E) each
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = six
+        six = self.adaln(time_emb)                                              # (B, M, 6 E) for the M times of a row: one,
+        six = six if when is None else six[:, when]                             # or more, and `when` says whose is which
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = six.chunk(6, dim=-1)  # (B, N or 1, E) each
         x = x + gate_1 * self.attn(self.ln_1(x) * (1 + scale_1) + shift_1, **attention)
         return x + gate_2 * self.mlp(self.ln_2(x) * (1 + scale_2) + shift_2)
 
@@ -147,14 +155,16 @@ class Trunk(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.recompute = config.recompute
 
-    def through(self, blocks, x, time_emb=None, **attention):                   # (B, N, E) -> (B, N, E)
+    def through(self, blocks, x, time_emb=None, cache=(), **more):              # (B, N, E) -> (B, N, E)
         again = self.recompute and torch.is_grad_enabled()
-        for block in blocks:
-            x = checkpoint(block, x, time_emb, **attention, use_reentrant=False) if again else block(x, time_emb, **attention)
+        for block, past in itertools.zip_longest(blocks, cache):
+            more["past"] = past
+            x = checkpoint(block, x, time_emb, **more, use_reentrant=False) if again else block(x, time_emb, **more)
         return x
 
-    def forward(self, x, mask=None, time_emb=None):                             # (B, N, E) -> (B, N, E)
-        return self.ln_f(self.through(self.h, x, time_emb, rope=True, mask=mask))
+    def forward(self, x, mask=None, time_emb=None, position=None, **more):      # (B, N, E) -> (B, N, E)
+        position = torch.arange(x.shape[1], device=x.device) if position is None else position  # (N,)
+        return self.ln_f(self.through(self.h, x, time_emb, mask=mask, position=position, **more))
 
 
 def init_weights(model):
@@ -253,6 +263,7 @@ class VAEConfig(TrunkConfig):
     beta_warmup: int = option(200, "steps over which beta grows from zero: first learn to write, then to compress", 0)
     repa: float = option(4.0, "lambda, weight of the alignment (deviation: the paper has 1)", 0)
     repa_latents: bool = option(True, "deviation: REPA aligns the latents' means, not the encoder's features")
+    causal: bool = option(False, "Cola DLM's VAE: a token's latent, and what is read from it, depend on no later one")
     teacher_embd: int = 0  # width of the teacher, 0 without one
 
 
@@ -277,16 +288,19 @@ class TextVAE(nn.Module):
             self.register_buffer(f"{name}_mean", torch.zeros(width))
             self.register_buffer(f"{name}_std", torch.ones(width))
 
+    def mask(self, segment):                                                    # (B, 1, N, N)
+        return same_segment(segment).tril() if self.config.causal else same_segment(segment)
+
     def posterior(self, tokens, segment):
         """tokens, segment (B, N) -> mu (B, N, C), logvar (B, N, C) and the encoder's features h (B, N, E)."""
-        h = self.encoder(self.wte(tokens), same_segment(segment))               # (B, N, E)
+        h = self.encoder(self.wte(tokens), self.mask(segment))                  # (B, N, E)
         mu, logvar = self.to_posterior(h).float().chunk(2, dim=-1)              # (B, N, C) each
         return mu, logvar.clamp(-20, 10), h
 
     def decode(self, z, segment):
         """Raw latents z (B, N, C) -> logits (B, N, V) of all tokens at once."""
         x = self.from_latent(z).float()  # (B, N, E): under autocast products are bf16, the residual stream is not
-        return self.to_logits(self.decoder(x, same_segment(segment))).float()
+        return self.to_logits(self.decoder(x, self.mask(segment))).float()
 
     def alignment(self, student, features):
         """REPA [REPA]: cosine (B, N) of the student, linearly projected, and the frozen teacher's features (B, N, E_teacher).
@@ -337,11 +351,28 @@ class TextVAE(nn.Module):
 class DiTConfig(TrunkConfig):
     channels: int = 0  # C, the VAE's
     adaln: bool = option(True, "deviation: tell the blocks the time, by adaLN-zero")
+    latent_block: int = option(0, "0: TextLDM, one target; more: Cola DLM, blocks of so many latents, each given all before it", 0, 2**16)
     context_drop: float = option(0.1, "share of rows trained without their context, for guidance (the paper's); if 0, sample with --cfg=1", 0, 1)
     predict_tokens: bool = option(True, "deviation: predict p(token), from which the velocity follows")
     self_condition: bool = option(True, "deviation: tell the DiT what it estimated a step before")
     t_mean: float = option(0.8, "logit-normal times: mean (deviation: the paper has 0)", -9, 9)
     t_std: float = option(1.0, "logit-normal times: std (deviation: the paper has 1.5)", 1e-3, 9)
+
+
+def who_sees_whom(segment, block):
+    """Cola DLM's mask (N, N), query by key, of tokens that are CONTEXT or TARGET, in blocks (N,) each: they see what is clean in the
+    blocks before theirs, and of their own block what is like them. So no target sees the clean tokens that it is to become.
+
+        block          0 1 2   0 1 2
+        clean    0     x . .   . . .
+                 1     x x .   . . .       TextLDM has two blocks, a clean context and a noisy target, and all see all: the context
+                 2     x x x   . . .       knows of the noise, and has to be read again in every step of sampling.
+        noisy    0     . . .   x . .       Here what is clean is the same whatever follows, and is read once.
+                 1     x . .   . x .
+                 2     x x .   . . x
+    """
+    before, same = block[:, None] > block, block[:, None] == block              # (N, N) each
+    return before & (segment == CONTEXT) | same & (segment[:, None] == segment)
 
 
 class TextDiT(nn.Module):
@@ -364,27 +395,28 @@ class TextDiT(nn.Module):
         nn.init.zeros_(self.to_output.weight)                                   # training starts from v = 0, or equal chances
 
     def time_embedding(self, t):
-        """Sinusoids of t (B,) as in [DiT], whose times run to 1000: without that factor all t look alike."""
+        """Sinusoids of t (B, M) as in [DiT], whose times run to 1000: without that factor all t look alike."""
         half = self.config.n_embd // 2
-        angle = 1000 * t[:, None] * 10000 ** (-torch.arange(half, device=t.device) / half)  # (B, E/2)
-        return self.time_mlp(torch.cat((angle.cos(), angle.sin()), dim=-1))     # (B, E)
+        angle = 1000 * t[..., None] * 10000 ** (-torch.arange(half, device=t.device) / half)  # (B, M, E/2)
+        return self.time_mlp(torch.cat((angle.cos(), angle.sin()), dim=-1))     # (B, M, E)
 
-    def forward(self, x, segment, t, guess, mask=None):
-        """x (B, N, C), clean (or dropped: zero) where segment is CONTEXT, noisy where TARGET; t (B,); guess (B, N, C): an earlier
-        estimate of the targets' z_0, zero where there is none; mask as of attention. Returns velocities (B, N, C), or with
-        `predict_tokens` logits (B, N, V) of the tokens given all of x."""
+    def forward(self, x, segment, t, guess, mask=None, last=0, **more):
+        """x (B, N, C), clean (or dropped: zero) where segment is CONTEXT, noisy where TARGET; t (B, M), the M times of a row, one or
+        as many as `when` has use for; guess (B, N, C): an earlier estimate of the targets' z_0, zero where there is none. Returns
+        velocities (B, N, C), or with `predict_tokens` logits (B, N, V) of the tokens given all of x; of the last `last` only, if
+        that is not 0. mask and more are the blocks'."""
         is_target = segment == TARGET                                           # (B, N)
         h = self.from_latent(x) + self.segment_emb(is_target.long())            # (B, N, E)
         if self.config.self_condition:
             h = h + self.from_guess(guess * is_target[..., None])
-        h = self.trunk(h, mask, self.time_embedding(t) if self.config.adaln else None)
-        return self.to_output(h).float()
+        h = self.trunk(h, mask, self.time_embedding(t) if self.config.adaln else None, **more)
+        return self.to_output(h[:, -last:]).float()
 
     def estimate(self, output, x, t, temperature=1.0):
-        """The clean latents E[z_0 | x] (B, N, C) that forward's output for x (B, N, C) and t (B,) amounts to. A temperature below 1
+        """The clean latents E[z_0 | x] (B, N, C) that forward's output for x (B, N, C) at times t (B, N or 1) amounts to. A temperature below 1
         makes them those of likelier tokens, if it predicts tokens."""
         if not self.config.predict_tokens:
-            return x - t[:, None, None] * output                                # where the path ends if it is straight
+            return x - t[..., None] * output                                    # where the path ends if it is straight
         # E[z_0 | x] is the sum over tokens of p(token | x) E[z_0 | token, x]. `latent_of` ignores the rest of x: it has E[z_0 | token].
         # So what a latent holds beyond its token (train_dit.py prints how much) is in contexts and in training's targets, not in samples.
         with torch.autocast(output.device.type, enabled=False):                 # guidance takes differences of estimates
@@ -398,46 +430,58 @@ def logit_normal(u, config):
     return torch.sigmoid(config.t_mean + config.t_std * math.sqrt(2) * torch.erfinv(2 * u - 1))
 
 
-def denoising_loss(dit, z_0, context, tokens, segment, t, eps, n_guess=0):
+def denoising_loss(dit, z_0, context, tokens, segment, t, eps, block, n_guess=0):
     """The loss (B, N), to be averaged over targets, for what flow_loss draws: latents z_0 and noise eps (B, N, C), the tokens (B, N),
-    times t (B,). The loss is cross-entropy or, of velocities, flow matching's squared error (Eq. 5 of [TextLDM]). context (B, N, C) is z_0,
-    or zeros in the rows where it is dropped. Self-conditioning [AB]: a sample is told what the step before estimated; in training the
-    first n_guess rows are told what a first pass estimates. Returns also the DiT's output, and the x (B, N, C) that it is for."""
-    at = t[:, None, None]                                                       # (B, 1, 1)
-    z_t = (1 - at) * z_0 + at * eps                                             # (B, N, C)
-    x, guess = torch.where((segment == TARGET)[..., None], z_t, context), torch.zeros_like(z_0)
+    the block (N,) of each token, times t (B, M) of the M blocks. The loss is cross-entropy or, of velocities, flow matching's squared
+    error (Eq. 5 of [TextLDM]). context (B, N, C) is z_0, or zeros in the rows where it is dropped. Self-conditioning [AB]: a sample is told
+    what the step before estimated; in training the first n_guess rows are told what a first pass estimates.
+    Returns also what `estimate` takes: the DiT's output, z_t (B, N, C), and the times (B, N)."""
+    (B, N, _), at = z_0.shape, t[:, block]                                      # (B, N)
+    z_t = (1 - at[..., None]) * z_0 + at[..., None] * eps                       # (B, N, C)
+    if dit.config.latent_block:  # each block is a target, and what is before it its context: the row is read twice in one, [clean ; noisy]
+        x, twice = torch.cat((context, z_t), dim=1), block.repeat(2)            # (B, 2 N, C), (2 N,)
+        segment = torch.tensor((CONTEXT, TARGET), device=x.device).repeat_interleave(N)  # (2 N,)
+        more = dict(mask=who_sees_whom(segment, twice), position=torch.arange(N, device=x.device).repeat(2), last=N,
+                    when=torch.where(segment == TARGET, 1 + twice, 0))          # (2 N,): what is clean is at t = 0
+        segment, t = segment.expand(B, -1), F.pad(t, (1, 0))                    # (B, 2 N), (B, 1 + M)
+    else:
+        x, more = torch.where((segment == TARGET)[..., None], z_t, context), {}  # (B, N, C)
+    guess = torch.zeros_like(x)
     if dit.config.self_condition and n_guess:
-        first = x[:n_guess], segment[:n_guess], t[:n_guess], guess[:n_guess]
+        first = [a[:n_guess] for a in (x, segment, t, guess, z_t, at)]
         with torch.no_grad():
-            guess[:n_guess] = dit.estimate(dit(*first), first[0], first[2])
+            guess[:n_guess, -N:] = dit.estimate(dit(*first[:4], **more), *first[4:])
         torch.clear_autocast_cache()  # before torch 2.10 the second pass would reuse weights cast without a gradient (pytorch#112583)
-    output = dit(x, segment, t, guess)
+    output = dit(x, segment, t, guess, **more)                                  # (B, N, V), or (B, N, C)
     loss = cross_entropy(output, tokens) if dit.config.predict_tokens else (output - (eps - z_0)).square().mean(-1)
-    return loss, output, x
+    return loss, output, z_t, at
 
 
 def flow_loss(dit, vae, batch, generator):
-    """The loss of stage 2 on a batch, a dict; times, noise and dropped contexts come from the generator."""
+    """The loss of stage 2 on a batch, a dict; times, noise, dropped contexts and the limits of blocks come from the generator."""
     z_0 = vae.latents(batch.tokens, batch.segment)                              # (B, N, C)
-    u, luck = torch.rand(2, len(z_0), generator=generator, device=z_0.device)   # (B,) each
-    eps = torch.randn(z_0.shape, generator=generator, device=z_0.device)
-    t, drop = logit_normal(u, dit.config), luck < dit.config.context_drop
+    (B, N, _), b, device = z_0.shape, dit.config.latent_block, z_0.device
+    shift = torch.randint(b, (), generator=generator, device=device) if b else 0  # of blocks: prompts end anywhere
+    block = (torch.arange(N, device=device) + shift) // (b or N)                # (N,); TextLDM's target is one
+    *u, luck = torch.rand(2 + int(block[-1]), B, generator=generator, device=device)  # (B,) each
+    eps = torch.randn(z_0.shape, generator=generator, device=device)
+    t, drop = logit_normal(torch.stack(u, dim=1), dit.config), luck < dit.config.context_drop  # (B, M), (B,)
     context = z_0.masked_fill(drop[:, None, None], 0)                           # (B, N, C)
-    loss, *_ = denoising_loss(dit, z_0, context, batch.tokens, batch.segment, t, eps, n_guess=(len(z_0) + 1) // 2)
+    loss, *_ = denoising_loss(dit, z_0, context, batch.tokens, batch.segment, t, eps, block, n_guess=(B + 1) // 2)
     return dict(loss=weighted_mean(loss, batch.weight * (batch.segment == TARGET)))
 
 
-def guided_estimate(dit, z, t, guess, context, segment, cfg_scale, temperature=1.0, mask=None):
+def guided_estimate(dit, z, t, guess, context, segment, cfg_scale, temperature=1.0, mask=None, **more):
     """e_u + w (e_c - e_u) [CFG], of the estimates of z_0 with and without the context, for latents z (B, N, C) at time t and the
     estimate before, guess (B, N, C). To guide estimates is to guide velocities, which are (z - e) / t. w = 1 is the conditional
     model, at half the cost. context (B, N, C) holds clean latents; what z holds in their places is never looked at."""
-    is_target, t = (segment == TARGET)[..., None], t.expand(len(z))             # (B, N, 1), (B,)
+    is_target, t = (segment == TARGET)[..., None], t.expand(len(z), 1)          # (B, N, 1), (B, 1)
     x = torch.where(is_target, z, context)                                      # (B, N, C)
     if cfg_scale == 1:
-        return dit.estimate(dit(x, segment, t, guess, mask), x, t, temperature)
+        return dit.estimate(dit(x, segment, t, guess, mask, **more), x, t, temperature)
     mask = mask if mask is None else mask.repeat(2, 1, 1, 1)
-    x, t = torch.cat((x, torch.where(is_target, z, 0.0))), t.repeat(2)          # (2 B, N, C): the last B rows without their context
-    e_c, e_u = dit.estimate(dit(x, segment.repeat(2, 1), t, guess.repeat(2, 1, 1), mask), x, t, temperature).chunk(2)
+    x, t = torch.cat((x, torch.where(is_target, z, 0.0))), t.repeat(2, 1)       # (2 B, N, C): the last B rows without their context
+    e_c, e_u = dit.estimate(dit(x, segment.repeat(2, 1), t, guess.repeat(2, 1, 1), mask, **more), x, t, temperature).chunk(2)
     return e_u + cfg_scale * (e_c - e_u)
 
 
@@ -451,6 +495,13 @@ def euler(estimate, z, times, callback=None):
             callback(t, guess)
         z = z + (t_next - t) * (z - guess) / t                                  # eps - z_0, as z = (1 - t) z_0 + t eps
     return z
+
+
+def denoise(dit, z, context, segment, steps, cfg_scale, temperature, callback=None, **more):
+    """Noise z (B, N, C) to latents of the targets, each step told what the one before estimated, guided. more is guided_estimate's."""
+    times = logit_normal(torch.linspace(1, 0, steps + 1), dit.config).to(z.device)
+    estimate = lambda z, t, guess: guided_estimate(dit, z, t, guess, context, segment, cfg_scale, temperature, **more)
+    return euler(estimate, z, times, callback)
 
 
 def rows_of(prompts, length, block_size, eot):
@@ -474,7 +525,19 @@ def texts_of(tokens, segment, eot):
 @torch.no_grad()
 def continue_texts(vae, dit, prompts, length, eot, steps=20, cfg_scale=3.0, temperature=0.7, seed=0, callback=None):
     """Continues each prompt (ids, maybe none) by up to `length` tokens, or to the end of a training row. Returns
-    lists of ids, with `eot` where the text ended. callback(t, texts) sees the text that each step points to."""
+    lists of ids, with `eot` where the text ended. callback(t, texts) sees the text that each step points to. Cola DLM goes on into
+    more documents where a length is given, and shows after each block what is written."""
+    if dit.config.latent_block:
+        texts, rooms = [[] for _ in prompts], [length or dit.config.block_size - len(prompt) for prompt in prompts]
+        is_done = lambda text, room: len(text) >= room or not length and eot in text
+        for new in write_blocks(vae, dit, prompts, eot, steps, cfg_scale, temperature, seed):
+            for text, room, row in zip(texts, rooms, new.tolist()):
+                if not is_done(text, room):
+                    text += (row[: row.index(eot) + 1] if eot in row else row)[: room - len(text)]
+            if callback is not None:
+                callback(0.0, texts)
+            if all(map(is_done, texts, rooms)):
+                return texts
     tokens, segment = rows_of(prompts, length, dit.config.block_size, eot)     # (B, N) each
     (B, N), generator = tokens.shape, torch.Generator().manual_seed(seed)
     # noise of whole rows, from the CPU: the same on any device and beside neighbours of any length
@@ -482,10 +545,44 @@ def continue_texts(vae, dit, prompts, length, eot, steps=20, cfg_scale=3.0, temp
     tokens, segment, z = (x.to(vae.z_mean.device) for x in (tokens, segment, z))
     texts = lambda z: texts_of(vae.read(z, segment), segment, eot)
     context = vae.latents(tokens, segment)                                      # (B, N, C); the targets' are of end-of-texts, and not read
-    times = logit_normal(torch.linspace(1, 0, steps + 1), dit.config).to(z.device)
     mask = (segment != PADDING)[:, None, None]                                  # (B, 1, 1, N)
-    estimate = lambda z, t, guess: guided_estimate(dit, z, t, guess, context, segment, cfg_scale, temperature, mask)
-    return texts(euler(estimate, z, times, callback and (lambda t, z_0: callback(float(t), texts(z_0)))))
+    return texts(denoise(dit, z, context, segment, steps, cfg_scale, temperature,
+                         callback and (lambda t, z_0: callback(float(t), texts(z_0))), mask=mask))
+
+
+@torch.no_grad()
+def write_blocks(vae, dit, prompts, eot, steps, cfg_scale, temperature, seed=0):
+    """Cola DLM's sampler: continues prompts (B lists of ids) block after block, without end, and yields tokens (B, n). What is written
+    is encoded again, so that a history is what it was in training. The DiT reads it once, and its keys and values are kept. Nobody
+    looks back further than a training row, so memory is bounded. unspecified: what follows an end-of-text in its block is not
+    seen, and the next block begins another document, with nothing before it."""
+    (b, W), device = (dit.config.latent_block, dit.config.block_size), vae.z_mean.device
+    B, P, end = len(prompts), *[min(max(map(len, prompts)), W - 1)] * 2         # P tokens are seen; end: how many there were
+    tokens = torch.tensor([[eot] * (P - len(x)) + x[max(len(x) - P, 0) :] for x in prompts], dtype=torch.long, device=device)  # (B, P)
+    document = torch.tensor([[-1] * (P - len(x)) + [0] * min(P, len(x)) for x in prompts], dtype=torch.long, device=device)
+    now = torch.zeros(B, 1, dtype=torch.long, device=device)                    # the document that the next block is of; -1 above: none
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(B)]
+    twice = lambda x: x if cfg_scale == 1 else torch.cat((x, x))                # guidance reads each row with and without its history
+    cache, fresh = [[] for _ in dit.trunk.h], P                                 # fresh: how many of the tokens the DiT has not read
+    while True:
+        n = min(b, max(W - P, W // 2))                                          # as long as the next block is
+        clean, block = vae.latents(tokens, document), torch.arange(-P, 0, device=device) // b  # (B, P, C), (P,)
+        if fresh:
+            kind = torch.full_like(document, CONTEXT)                           # (B, P)
+            mask = who_sees_whom(kind[0], block) & same_segment(document)       # (B, 1, P, P)
+            x = twice(clean)[:, -fresh:]                                        # (B or 2 B, fresh, C)
+            x[B:] = 0
+            dit(x, twice(kind[:, -fresh:]), x.new_zeros(len(x), 1), 0 * x, twice(mask[:, :, -fresh:]), last=1,
+                position=torch.arange(end - fresh, end, device=device), cache=cache, keep=W - n)
+        clean, document = clean[:, n - W :], torch.cat((document[:, n - W :], now.expand(B, n)), dim=1)  # (B, P, C), (B, P + n)
+        z = torch.stack([torch.randn(n, vae.config.channels, generator=g) for g in generators]).to(device)  # (B, n, C)
+        mask = same_segment(document)[:, :, -n:]                                # (B, 1, n, P + n)
+        z = denoise(dit, z, z, torch.full_like(document[:, -n:], TARGET), steps, cfg_scale, temperature, mask=mask,
+                    position=torch.arange(end, end + n, device=device), cache=cache)
+        new = vae.read(torch.cat((clean, z), dim=1), document)[:, -n:]          # (B, n)
+        yield new
+        tokens, now = torch.cat((tokens[:, n - W :], new), dim=1), now + (new == eot).any(dim=1, keepdim=True)
+        P, end, fresh = tokens.shape[1], end + n, n
 
 
 # ---- 6. Plumbing, once for all scripts: tokenizers, batches, command line, checkpoints, the training loop.
@@ -533,6 +630,7 @@ class Corpus:
             self.is_stream = self.meta["layout"] != "documents"  # one endless document
             self.ends = np.array([len(self.tokens)]) if self.is_stream else np.flatnonzero(self.tokens == self.eot) + 1
             self.N = block_size if self.is_stream else min(block_size, max(int(self.meta["longest"]), 2))
+            self.whole = False  # Cola DLM sets it: then a row is all target, as its contexts are whatever is before a block
         except (OSError, *BROKEN) as e:
             raise UserError(f"{path} and meta.json do not fit ({type(e).__name__}: {e}); prepare them again") from None
         if len(self.tokens) < self.N or not len(self.ends):
@@ -556,7 +654,7 @@ class Corpus:
                 row, cut = self.cut_word(row, cut, rng)
             lengths[i], cuts[i] = min(len(row), N), min(cut, N - 1)
             tokens[i, : lengths[i]] = row[:N]
-        segment = np.where(np.arange(N) < cuts[:, None], CONTEXT, TARGET)
+        segment = np.where((np.arange(N) < cuts[:, None]) & (not self.whole), CONTEXT, TARGET)
         weight = np.where(np.arange(N) < lengths[:, None], 1, TAIL_WEIGHT).astype(np.float32)
         return Batch(*map(torch.from_numpy, (tokens, segment, weight))).to(device)
 

@@ -59,11 +59,15 @@ def main():
     vae = model_from(TextVAE, VAEConfig, state).to(device).requires_grad_(False)
     config.vocab_size = corpus.meta["vocab_size"]
     config.block_size = corpus.N = val.N = min(corpus.N, vae.config.block_size)
-    config.channels = vae.config.channels
+    config.channels, corpus.whole, val.whole = vae.config.channels, vae.config.causal, vae.config.causal
+    if vae.config.causal != (config.latent_block > 0) or config.latent_block > config.block_size:
+        raise UserError(f"--latent_block={config.latent_block}: blocks (at most a row, {config.block_size}) and a VAE of train_vae.py --causal need each other")
     torch.manual_seed(cfg.seed)
     rows, = val.fixed_batches(1, device)
     eps = torch.randn(*rows.tokens.shape, config.channels, generator=torch.Generator().manual_seed(0)).to(device)
 
+    N, b = rows.tokens.shape[1], config.latent_block
+    block = torch.arange(N, device=device) // (b or N)
     # whose text takes the place of a row's context in `shuffled`: the next row's that is long enough
     cuts, lengths, B = (rows.segment == CONTEXT).sum(1).tolist(), rows.counted.sum(1).tolist(), len(eps)
     donor = [next((j % B for j in range(i + 1, i + B) if lengths[j % B] > cuts[i]), i) for i in range(B)]
@@ -73,20 +77,20 @@ def main():
         tokens, segment, _ = rows
         counted = rows.counted & (segment == TARGET)
         z_0 = vae.latents(tokens, segment)                                      # (B, N, C)
-        strange = vae.latents(torch.where(segment == CONTEXT, tokens[donor], tokens), segment)
+        strange = vae.latents(tokens[donor] if b else torch.where(segment == CONTEXT, tokens[donor], tokens), segment)
         mean = lambda x: weighted_mean(x.float(), counted).item()
         lines, table = [f"{'t':>5}{'loss':>9}{'shuffled':>10}{'noisy':>8}{'predicted':>11}"], []
         for t in torch.arange(1, 10, device=device) / 10:
-            t_rows = t.expand(len(z_0))                                         # (B,)
-            loss, output, x = denoising_loss(dit, z_0, z_0, tokens, segment, t_rows, eps, n_guess=len(z_0))
-            shuffled, *_ = denoising_loss(dit, z_0, strange, tokens, segment, t_rows, eps, n_guess=len(z_0))
-            predicted = dit.estimate(output, x, t_rows)
+            times = t.expand(len(z_0), int(block[-1]) + 1)                      # (B, M)
+            loss, *of = denoising_loss(dit, z_0, z_0, tokens, segment, times, eps, block, n_guess=len(z_0))
+            shuffled, *_ = denoising_loss(dit, z_0, strange, tokens, segment, times, eps, block, n_guess=len(z_0))
+            predicted = dit.estimate(*of)
             noisy = z_0 + t / (1 - t) * eps                                     # z_t / (1 - t)
             table.append(dict(t=round(t.item(), 1), loss=mean(loss), shuffled=mean(shuffled),
                               noisy=mean(vae.read(noisy, segment) == tokens), predicted=mean(vae.read(predicted, segment) == tokens)))
             lines.append("{t:5.1f}{loss:9.4f}{shuffled:10.4f}{noisy:8.3f}{predicted:11.3f}".format(**table[-1]))
-        prompts = [row[s == CONTEXT].tolist()[: config.block_size // 2] for row, s in zip(tokens[:4], segment)]
-        for prompt, text in zip(prompts, continue_texts(vae, dit, prompts, config.block_size // 2, corpus.eot)):
+        prompts = [row[: N // 4 if b else cut].tolist()[: N // 2] for row, cut in zip(tokens[:4], cuts)]
+        for prompt, text in zip(prompts, continue_texts(vae, dit, prompts, N // 2, corpus.eot)):
             text = [i for i in text if i != corpus.eot]
             lines.append(f"  {corpus.encoding.decode(prompt)!r} -> {corpus.encoding.decode(text)!r}")
         tqdm.write("\n".join(lines))

@@ -6,10 +6,11 @@
 #
 #     bash bench/results.sh names                    # then: cat out/names/eval.md
 #     bash bench/results.sh docs
+#     BLOCKS="4 8 16 32" bash bench/results.sh docs  # and Cola DLM's blocks, of as many latents
 #     bash bench/results.sh books FILE_OR_FOLDER     # OpenWebText2's format; wants a GPU, where each stage fits in ten minutes
 set -euo pipefail
 cd "$(dirname "$0")/.."
-corpus=${1:-names} temperatures=0.5,0.7,1 trunk="" seeds="1 2" masked="" judge="--n_layer=6 --n_embd=256 --max_steps=1000"
+corpus=${1:-names} blocks=${BLOCKS:-} temperatures=0.5,0.7,1 trunk="" seeds="1 2" masked="" judge="--n_layer=6 --n_embd=256 --max_steps=1000"
 case $corpus in
     names) text="names" vocabulary="--vocab_size=4096" ruler="--vocab_size=2048" rows="" vae_steps=1000 dit_steps=2400 gpt_steps=1500 n=1000 ;;
     docs) text="docs" vocabulary="--vocab_size=2048" ruler="--vocab_size=512" rows="--batch_size=96 --block_size=32" vae_steps=500 dit_steps=4000
@@ -41,6 +42,11 @@ seed() {
     once $out/paper$1 train_vae.py $vae --teacher=$out/s$1/gpt.pt --recipe=paper
     once $out/paper$1 train_dit.py $net --max_steps=$dit_steps --recipe=paper
     [ -z "$masked" ] || once $out/masked$1 bench/train_masked.py $net --max_steps=$dit_steps
+    [ -z "$blocks" ] || once $out/causal$1 train_vae.py $vae --causal --teacher=$out/s$1/gpt.pt
+    for b in $blocks; do
+        once $out/blocks$b-$1 train_dit.py $net --max_steps=$dit_steps --latent_block=$b --vae=$out/causal$1/vae.pt
+        ln -sf ../causal$1/vae.pt $out/blocks$b-$1/vae.pt
+    done
 }
 once $out/evaluator bench/train_gpt.py --seed=1234 $judge --data=$data/judge
 if python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
@@ -58,6 +64,7 @@ for s in $seeds; do
     systems+=",gpt $s=gpt:$out/s$s/gpt.pt,gpt long $s=gpt:$out/long$s/gpt.pt"
     systems+=",textldm $s=textldm:$out/s$s,no repa $s=textldm:$out/norepa$s,paper $s=textldm:$out/paper$s"
     [ -z "$masked" ] || systems+=",masked $s=masked:$out/masked$s/masked.pt"
+    for b in $blocks; do systems+=",blocks of $b $s=textldm:$out/blocks$b-$s"; done
 done
 judge() { python bench/evaluate.py --data=$data --n=$n --steps=20 --evaluator=$out/evaluator/gpt.pt "$@"; }
 judge --out=$out --cfg=3 --temperature=$temperatures --systems="$systems"

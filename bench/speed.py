@@ -10,6 +10,7 @@ matrix products. On a CPU all time in Corpus.batch is `waiting`; on a GPU it is 
 """
 
 import contextlib
+import copy
 import importlib.util
 import json
 import os
@@ -290,6 +291,10 @@ def sampling(options, V):
     except ValueError:
         raise UserError(f"--lengths={options.lengths} and --batches={options.batches} must be numbers with commas between") from None
     gpt, vae, dit = networks(options.preset, 256 + max(lengths), V, device)
+    causal, blocks = copy.copy(vae), {b: copy.copy(dit) for b in (4, 8, 16, 32)}  # Cola DLM on the same weights, in a window of 256
+    causal.config = replace(vae.config, causal=True)
+    for b in blocks:
+        blocks[b].config = replace(dit.config, latent_block=b, block_size=256)
     if options.compile:
         dit.forward = torch.compile(dit.forward)
     theirs = hugging_face(gpt, device)
@@ -299,6 +304,7 @@ def sampling(options, V):
         for length in lengths:
             systems = {"textldm, 50 steps": lambda: continue_texts(vae, dit, prompts.tolist(), length, V - 1, 50),
                        "textldm, 20 steps": lambda: continue_texts(vae, dit, prompts.tolist(), length, V - 1, 20),
+                       **{f"blocks of {b}, 20 steps": lambda b=b: continue_texts(causal, blocks[b], prompts.tolist(), length, V - 1, 20) for b in blocks},
                        "gpt, static cache": lambda: cached_gpt(gpt, prompts, length, dtype, options.compile)}
             if theirs:
                 systems["gpt of transformers"] = lambda: theirs(prompts, length)
@@ -311,7 +317,7 @@ def sampling(options, V):
             base = np.array(seconds["gpt, static cache"])
             for name, s in seconds.items():
                 rows.append(dict(system=name, prompts=B, new_tokens=length, seconds=float(np.median(s)), tokens_per_second=B * length / float(np.median(s)),
-                                 evaluations=int(name.split()[1]) if "steps" in name else length,
+                                 evaluations=length if "gpt" in name else int(name.split(", ")[1].split()[0]) * (-(-length // int(name.split()[2].strip(","))) if "blocks" in name else 1),
                                  speed_over_gpt=float(np.median(base / np.array(s)))))
     return rows
 
