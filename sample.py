@@ -127,7 +127,7 @@ def main():
         raise UserError(f"--trace shows how one target forms, and this DiT writes blocks of {b}, one after another; leave it out")
     encoding, eot = load_encoding(tokenizer), tokenizer["eot"]
     lines = read_prompts(options)
-    prompts = fit([encoding.encode_ordinary(line["prompt"]) for line in lines], min(b, block_size // 2) or options.length, block_size)
+    prompts = fit([encoding.encode_ordinary(line["prompt"]) for line in lines], b or options.length, block_size)
     lines, prompts = ([x for x in xs for _ in range(options.n)] for xs in (lines, prompts))
 
     def show(ids):

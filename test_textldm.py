@@ -455,7 +455,7 @@ def test_a_block_sees_the_clean_ones_before_it_and_itself(cola):
     tokens, block = make_batch().tokens, (torch.arange(N) + 2) // 3
     M, z_0 = int(block[-1]) + 1, torch.randn(4, N, C)
     context, eps = (torch.randn(4, N, C, requires_grad=True) for _ in range(2))
-    run = lambda context, eps, n: denoising_loss(dit, z_0, context, tokens, None, torch.rand(4, M, generator=torch.Generator().manual_seed(0)), eps, block, n)[1]
+    run = lambda context, eps, n: denoising_loss(dit, z_0, context, tokens, torch.ones_like(tokens), torch.rand(4, M, generator=torch.Generator().manual_seed(0)), eps, block, n)[1]
     output, told = run(context, eps, 0), run(context, eps, 4).detach()
     for i in range(M):
         of_context, of_noise = torch.autograd.grad(output[:, block == i].sum(), (context, eps), retain_graph=True)
@@ -483,9 +483,10 @@ def test_each_block_has_its_time_and_all_is_clean_before_it(cola):
     seen, forward, block = [], dit.forward, (torch.arange(N) + 1) // 3
     dit.forward = lambda *x, **more: seen.append((x, more)) or forward(*x, **more)
     z_0, eps, t = torch.randn(4, N, C), torch.randn(4, N, C), torch.rand(4, 5)
-    denoising_loss(dit, z_0, z_0, make_batch().tokens, None, t, eps, block)
+    denoising_loss(dit, z_0, z_0, *make_batch()[:2], t, eps, block)
     (x, segment, times, guess), more = seen[0]
     at = times[:, more["when"]]
+    assert torch.equal(more["position"], torch.arange(N).repeat(2)) and more["last"] == N
     assert not at[:, :N].any() and torch.equal(at[:, N:], t[:, block]) and torch.equal(x[:, :N], z_0)
     assert torch.allclose(x[:, N:], z_0 + at[:, N:, None] * (eps - z_0), atol=1e-6)
     # and the network knows them apart: another time in one block changes that block alone
@@ -505,11 +506,11 @@ def test_what_is_kept_of_the_history_is_what_reading_it_again_would_give(cola, s
     now, B = torch.zeros(3), 3 * (1 if scale == 1 else 2)
     documents = torch.tensor([[-1] * (7 - len(p)) + [0] * len(p) for p in prompts])
 
-    def both(x, segment, t, guess, mask, position, cache, keep=0, last=0):
-        output = forward(x, segment, t, guess, mask, position=position, cache=cache, keep=keep, last=last)
+    def both(x, segment, t, guess, mask, position, memory, keep=0, last=0):
+        output = forward(x, segment, t, guess, mask, position=position, memory=memory, keep=keep, last=last)
         if segment[0, 0] == CONTEXT:
             history.append(x)
-            kept.append(cache[0][0].shape[3])
+            kept.append(memory[0][0].shape[2])
         else:
             whole, n = torch.cat((*history, x), dim=1), x.shape[1]
             kind = torch.cat((torch.full((whole.shape[1] - n,), CONTEXT), segment[0]))

@@ -17,12 +17,14 @@ Rows     hold two texts, a context, then the target that continues it (Corpus.ba
          before its row is followed by a tail of end-of-text tokens. `weight` (B, N) is 1 for the counted tokens, text up to
          and including its end-of-text, and TAIL_WEIGHT in the tail, which is trained lightly, so that samples stop. What
          stages 1 and 2 minimise (`loss`) is averaged by weight; what else they report is over counted tokens.
+Blocks   With --latent_block the DiT is Cola DLM's, one network with another layout of the row: a row is one text, cut in blocks, and each
+         of them is a target whose context is all before it. The VAE is then causal, and the sampler, write_blocks, has no end.
 Latents  z are raw in TextVAE's forward, `posterior` and `decode`, and of mean 0 and std 1 per channel everywhere else.
 Tags     `unspecified:` the paper is silent and the choice is ours.   `deviation:` we do otherwise.
 [TextLDM] Jiang et al. 2026, arXiv 2605.07748     [GPT2] Radford et al. 2019     [RoPE] Su et al. 2021, 2104.09864
 [VAE] Kingma, Welling 2013, 1312.6114     [DiT] Peebles, Xie 2022, 2212.09748    [REPA] Yu et al. 2024, 2410.06940
 [FM] Lipman et al. 2022, 2210.02747       [SD3] Esser et al. 2024, 2403.03206    [CFG] Ho, Salimans 2022, 2207.12598
-[AB] Chen et al. 2022, 2208.04202
+[AB] Chen et al. 2022, 2208.04202         [Cola] Guo et al. 2026, 2605.06548
 Short of time? Read TextDiT's forward and estimate, part 5 (the loss and the sampler), then TextVAE.forward.
 """
 
@@ -30,7 +32,6 @@ import argparse
 import base64
 import collections
 import copy
-import itertools
 import json
 import math
 import os
@@ -110,16 +111,16 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(n_embd, 3 * n_embd)
         self.c_proj = nn.Linear(n_embd, n_embd)
 
-    def forward(self, x, position=None, mask=None, causal=False, past=None, keep=0):
-        """past is a list, empty or with the keys and values (2, B, H, N_past, D) of what was read before, which x sees too. If
-        keep > 0, those of x are added to it, and the last `keep` kept."""
+    def forward(self, x, position=None, mask=None, causal=False, memory=None, keep=0):
+        """memory (for blocks, part 5) is a list, empty or with keys and values (B, H, N_past, D) of what was read before; x sees them
+        too. With keep > 0 those of x join them, and the last `keep` remain."""
         B, N, E = x.shape
         qkv = self.c_attn(x).view(B, N, 3, self.n_head, E // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, N, D)
         q, k, v = *(qkv[:2] if position is None else rotate(qkv[:2], position)), qkv[2]  # (B, H, N, D) each
-        if past:
-            k, v = torch.cat((past[0], torch.stack((k, v))), dim=3)             # (B, H, N_past + N, D) each
+        if memory:
+            k, v = torch.cat((memory[0], k), dim=2), torch.cat((memory[1], v), dim=2)  # (B, H, N_past + N, D) each
         if keep:
-            past[:] = [torch.stack((k, v))[..., -keep:, :]]
+            memory[:] = k[:, :, -keep:], v[:, :, -keep:]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.c_proj(y.transpose(1, 2).reshape(B, N, E))                  # (B, N, E)
 
@@ -135,12 +136,12 @@ class Block(nn.Module):
             c_fc=nn.Linear(n_embd, 4 * n_embd), gelu=nn.GELU(), c_proj=nn.Linear(4 * n_embd, n_embd)))
         self.adaln = nn.Linear(n_embd, 6 * n_embd) if adaln else None
 
-    def forward(self, x, time_emb=None, when=None, **attention):                # x (B, N, E), time_emb (B, M, E), when (N,) or None
+    def forward(self, x, time_emb=None, when=None, **attention):                # (B, N, E), (B, M, E), (N,) or None
         if self.adaln is None:
             x = x + self.attn(self.ln_1(x), **attention)
             return x + self.mlp(self.ln_2(x))
-        six = self.adaln(time_emb)                                              # (B, M, 6 E) for the M times of a row: one,
-        six = six if when is None else six[:, when]                             # or more, and `when` says whose is which
+        six = self.adaln(time_emb)                                              # (B, M, 6 E)
+        six = six if when is None else six[:, when]                             # (B, N, 6 E): token i has time number when[i] of its row
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = six.chunk(6, dim=-1)  # (B, N or 1, E) each
         x = x + gate_1 * self.attn(self.ln_1(x) * (1 + scale_1) + shift_1, **attention)
         return x + gate_2 * self.mlp(self.ln_2(x) * (1 + scale_2) + shift_2)
@@ -155,10 +156,10 @@ class Trunk(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.recompute = config.recompute
 
-    def through(self, blocks, x, time_emb=None, cache=(), **more):              # (B, N, E) -> (B, N, E)
+    def through(self, blocks, x, time_emb=None, memory=None, **more):           # (B, N, E) -> (B, N, E)
         again = self.recompute and torch.is_grad_enabled()
-        for block, past in itertools.zip_longest(blocks, cache):
-            more["past"] = past
+        for i, block in enumerate(blocks):
+            more["memory"] = memory[i] if memory else None                      # each block has its own
             x = checkpoint(block, x, time_emb, **more, use_reentrant=False) if again else block(x, time_emb, **more)
         return x
 
@@ -243,7 +244,8 @@ class GPT(Trunk):
 def same_segment(segment):
     """Who sees whom in the VAE, (B, 1, N, N): query and key with the same label. Context and target share a row
     and a pass, and neither knows of the other (section 3.2 of [TextLDM]: a bidirectional encoder would
-    leak the target into the context). Rotary positions see only distances, so this equals two passes."""
+    leak the target into the context). Rotary positions see only distances, so this equals two passes. write_blocks gives
+    numbers of documents for labels."""
     return (segment[:, :, None] == segment[:, None, :])[:, None]
 
 
@@ -263,7 +265,7 @@ class VAEConfig(TrunkConfig):
     beta_warmup: int = option(200, "steps over which beta grows from zero: first learn to write, then to compress", 0)
     repa: float = option(4.0, "lambda, weight of the alignment (deviation: the paper has 1)", 0)
     repa_latents: bool = option(True, "deviation: REPA aligns the latents' means, not the encoder's features")
-    causal: bool = option(False, "Cola DLM's VAE: a token's latent, and what is read from it, depend on no later one")
+    causal: bool = option(False, "for --latent_block: a token's latent, and what is read from a latent, depend on nothing later")
     teacher_embd: int = 0  # width of the teacher, 0 without one
 
 
@@ -351,7 +353,7 @@ class TextVAE(nn.Module):
 class DiTConfig(TrunkConfig):
     channels: int = 0  # C, the VAE's
     adaln: bool = option(True, "deviation: tell the blocks the time, by adaLN-zero")
-    latent_block: int = option(0, "0: TextLDM, one target; more: Cola DLM, blocks of so many latents, each given all before it", 0, 2**16)
+    latent_block: int = option(0, "0: TextLDM, one target; more: Cola DLM, blocks of so many latents, each given all before it", 0, 2**15)
     context_drop: float = option(0.1, "share of rows trained without their context, for guidance (the paper's); if 0, sample with --cfg=1", 0, 1)
     predict_tokens: bool = option(True, "deviation: predict p(token), from which the velocity follows")
     self_condition: bool = option(True, "deviation: tell the DiT what it estimated a step before")
@@ -360,19 +362,21 @@ class DiTConfig(TrunkConfig):
 
 
 def who_sees_whom(segment, block):
-    """Cola DLM's mask (N, N), query by key, of tokens that are CONTEXT or TARGET, in blocks (N,) each: they see what is clean in the
-    blocks before theirs, and of their own block what is like them. So no target sees the clean tokens that it is to become.
+    """Cola DLM's mask (N, N), query by key, for the segment and the block of each token, (N,) each. A token sees the clean tokens of earlier
+    blocks and, in its own block, those of its kind, clean or noisy. So no noisy block sees the clean tokens that it is to become.
 
-        block          0 1 2   0 1 2
-        clean    0     x . .   . . .
-                 1     x x .   . . .       TextLDM has two blocks, a clean context and a noisy target, and all see all: the context
-                 2     x x x   . . .       knows of the noise, and has to be read again in every step of sampling.
-        noisy    0     . . .   x . .       Here what is clean is the same whatever follows, and is read once.
-                 1     x . .   . x .
-                 2     x x .   . . x
-    """
-    before, same = block[:, None] > block, block[:, None] == block              # (N, N) each
-    return before & (segment == CONTEXT) | same & (segment[:, None] == segment)
+        block        0 1 2   0 1 2
+        clean    0   x . .   . . .
+                 1   x x .   . . .
+                 2   x x x   . . .
+        noisy    0   . . .   x . .
+                 1   x . .   . x .
+                 2   x x .   . . x
+
+    TextLDM needs no mask: context and target see each other. So its context has to be read again at every step of sampling; here
+    what is clean does not know of what is noisy, and is read once."""
+    earlier, same = block[:, None] > block, block[:, None] == block             # is the key's block earlier than the query's?
+    return earlier & (segment == CONTEXT) | same & (segment[:, None] == segment)
 
 
 class TextDiT(nn.Module):
@@ -401,10 +405,10 @@ class TextDiT(nn.Module):
         return self.time_mlp(torch.cat((angle.cos(), angle.sin()), dim=-1))     # (B, M, E)
 
     def forward(self, x, segment, t, guess, mask=None, last=0, **more):
-        """x (B, N, C), clean (or dropped: zero) where segment is CONTEXT, noisy where TARGET; t (B, M), the M times of a row, one or
-        as many as `when` has use for; guess (B, N, C): an earlier estimate of the targets' z_0, zero where there is none. Returns
-        velocities (B, N, C), or with `predict_tokens` logits (B, N, V) of the tokens given all of x; of the last `last` only, if
-        that is not 0. mask and more are the blocks'."""
+        """x (B, N, C), clean (or dropped: zero) where segment is CONTEXT, noisy where TARGET; t (B, M): one time for
+        a row, or several, of which token i has number when[i]; guess (B, N, C): an earlier estimate of the targets' z_0, zero where there
+        is none. Returns velocities (B, N, C), or with `predict_tokens` logits (B, N, V) of the tokens given all of x. last: for how
+        many tokens at the end (0: for all). mask and more (when, position, memory, keep) go to the Transformer's blocks."""
         is_target = segment == TARGET                                           # (B, N)
         h = self.from_latent(x) + self.segment_emb(is_target.long())            # (B, N, E)
         if self.config.self_condition:
@@ -430,27 +434,32 @@ def logit_normal(u, config):
     return torch.sigmoid(config.t_mean + config.t_std * math.sqrt(2) * torch.erfinv(2 * u - 1))
 
 
+def clean_and_noisy(context, z_t, t, block):
+    """Cola DLM reads a row twice at once, [clean ; noisy], so that each of its M blocks is a target, with its clean history. Takes context and
+    z_t (B, N, C), t (B, M), block (N,); returns what TextDiT.forward takes for both halves, and gives an output for the second."""
+    (B, N, _), device = z_t.shape, z_t.device
+    segment, twice = torch.tensor((CONTEXT, TARGET), device=device).repeat_interleave(N), block.repeat(2)  # (2 N,) each
+    when = torch.where(segment == TARGET, 1 + twice, 0)                         # (2 N,): clean tokens are at t = 0, noisy ones at their block's
+    more = dict(when=when, mask=who_sees_whom(segment, twice), position=torch.arange(N, device=device).repeat(2), last=N)
+    return torch.cat((context, z_t), dim=1), segment.expand(B, -1), F.pad(t, (1, 0)), more  # (B, 2 N, C), (B, 2 N), (B, 1 + M)
+
+
 def denoising_loss(dit, z_0, context, tokens, segment, t, eps, block, n_guess=0):
     """The loss (B, N), to be averaged over targets, for what flow_loss draws: latents z_0 and noise eps (B, N, C), the tokens (B, N),
     the block (N,) of each token, times t (B, M) of the M blocks. The loss is cross-entropy or, of velocities, flow matching's squared
     error (Eq. 5 of [TextLDM]). context (B, N, C) is z_0, or zeros in the rows where it is dropped. Self-conditioning [AB]: a sample is told
     what the step before estimated; in training the first n_guess rows are told what a first pass estimates.
     Returns also what `estimate` takes: the DiT's output, z_t (B, N, C), and the times (B, N)."""
-    (B, N, _), at = z_0.shape, t[:, block]                                      # (B, N)
+    N, at = z_0.shape[1], t[:, block]                                           # (B, N)
     z_t = (1 - at[..., None]) * z_0 + at[..., None] * eps                       # (B, N, C)
-    if dit.config.latent_block:  # each block is a target, and what is before it its context: the row is read twice in one, [clean ; noisy]
-        x, twice = torch.cat((context, z_t), dim=1), block.repeat(2)            # (B, 2 N, C), (2 N,)
-        segment = torch.tensor((CONTEXT, TARGET), device=x.device).repeat_interleave(N)  # (2 N,)
-        more = dict(mask=who_sees_whom(segment, twice), position=torch.arange(N, device=x.device).repeat(2), last=N,
-                    when=torch.where(segment == TARGET, 1 + twice, 0))          # (2 N,): what is clean is at t = 0
-        segment, t = segment.expand(B, -1), F.pad(t, (1, 0))                    # (B, 2 N), (B, 1 + M)
-    else:
-        x, more = torch.where((segment == TARGET)[..., None], z_t, context), {}  # (B, N, C)
+    x, more = torch.where((segment == TARGET)[..., None], z_t, context), {}     # (B, N, C)
+    if dit.config.latent_block:
+        x, segment, t, more = clean_and_noisy(context, z_t, t, block)
     guess = torch.zeros_like(x)
     if dit.config.self_condition and n_guess:
-        first = [a[:n_guess] for a in (x, segment, t, guess, z_t, at)]
         with torch.no_grad():
-            guess[:n_guess, -N:] = dit.estimate(dit(*first[:4], **more), *first[4:])
+            output = dit(x[:n_guess], segment[:n_guess], t[:n_guess], guess[:n_guess], **more)
+            guess[:n_guess, -N:] = dit.estimate(output, z_t[:n_guess], at[:n_guess])
         torch.clear_autocast_cache()  # before torch 2.10 the second pass would reuse weights cast without a gradient (pytorch#112583)
     output = dit(x, segment, t, guess, **more)                                  # (B, N, V), or (B, N, C)
     loss = cross_entropy(output, tokens) if dit.config.predict_tokens else (output - (eps - z_0)).square().mean(-1)
@@ -461,11 +470,12 @@ def flow_loss(dit, vae, batch, generator):
     """The loss of stage 2 on a batch, a dict; times, noise, dropped contexts and the limits of blocks come from the generator."""
     z_0 = vae.latents(batch.tokens, batch.segment)                              # (B, N, C)
     (B, N, _), b, device = z_0.shape, dit.config.latent_block, z_0.device
-    shift = torch.randint(b, (), generator=generator, device=device) if b else 0  # of blocks: prompts end anywhere
-    block = (torch.arange(N, device=device) + shift) // (b or N)                # (N,); TextLDM's target is one
-    *u, luck = torch.rand(2 + int(block[-1]), B, generator=generator, device=device)  # (B,) each
+    block = torch.zeros(N, dtype=torch.long, device=device)                     # TextLDM: a row has one target and one time
+    if b:  # the first block is cut short at random, as a prompt of any length is to end with a block
+        block = (torch.arange(N, device=device) + torch.randint(b, (), generator=generator, device=device)) // b
+    u = torch.rand(2 + int(block[-1]), B, generator=generator, device=device)   # (M + 1, B)
     eps = torch.randn(z_0.shape, generator=generator, device=device)
-    t, drop = logit_normal(torch.stack(u, dim=1), dit.config), luck < dit.config.context_drop  # (B, M), (B,)
+    t, drop = logit_normal(u[:-1].T, dit.config), u[-1] < dit.config.context_drop  # (B, M), (B,)
     context = z_0.masked_fill(drop[:, None, None], 0)                           # (B, N, C)
     loss, *_ = denoising_loss(dit, z_0, context, batch.tokens, batch.segment, t, eps, block, n_guess=(B + 1) // 2)
     return dict(loss=weighted_mean(loss, batch.weight * (batch.segment == TARGET)))
@@ -498,7 +508,7 @@ def euler(estimate, z, times, callback=None):
 
 
 def denoise(dit, z, context, segment, steps, cfg_scale, temperature, callback=None, **more):
-    """Noise z (B, N, C) to latents of the targets, each step told what the one before estimated, guided. more is guided_estimate's."""
+    """From noise z (B, N, C) to the latents of the targets; mask, and position and memory of blocks, go to the DiT in `more`."""
     times = logit_normal(torch.linspace(1, 0, steps + 1), dit.config).to(z.device)
     estimate = lambda z, t, guess: guided_estimate(dit, z, t, guess, context, segment, cfg_scale, temperature, **more)
     return euler(estimate, z, times, callback)
@@ -525,19 +535,9 @@ def texts_of(tokens, segment, eot):
 @torch.no_grad()
 def continue_texts(vae, dit, prompts, length, eot, steps=20, cfg_scale=3.0, temperature=0.7, seed=0, callback=None):
     """Continues each prompt (ids, maybe none) by up to `length` tokens, or to the end of a training row. Returns
-    lists of ids, with `eot` where the text ended. callback(t, texts) sees the text that each step points to. Cola DLM goes on into
-    more documents where a length is given, and shows after each block what is written."""
+    lists of ids, with `eot` where the text ended. callback(t, texts) sees the text that each step points to."""
     if dit.config.latent_block:
-        texts, rooms = [[] for _ in prompts], [length or dit.config.block_size - len(prompt) for prompt in prompts]
-        is_done = lambda text, room: len(text) >= room or not length and eot in text
-        for new in write_blocks(vae, dit, prompts, eot, steps, cfg_scale, temperature, seed):
-            for text, room, row in zip(texts, rooms, new.tolist()):
-                if not is_done(text, room):
-                    text += (row[: row.index(eot) + 1] if eot in row else row)[: room - len(text)]
-            if callback is not None:
-                callback(0.0, texts)
-            if all(map(is_done, texts, rooms)):
-                return texts
+        return continue_in_blocks(vae, dit, prompts, length, eot, steps, cfg_scale, temperature, seed, callback)
     tokens, segment = rows_of(prompts, length, dit.config.block_size, eot)     # (B, N) each
     (B, N), generator = tokens.shape, torch.Generator().manual_seed(seed)
     # noise of whole rows, from the CPU: the same on any device and beside neighbours of any length
@@ -550,39 +550,55 @@ def continue_texts(vae, dit, prompts, length, eot, steps=20, cfg_scale=3.0, temp
                          callback and (lambda t, z_0: callback(float(t), texts(z_0))), mask=mask))
 
 
+def continue_in_blocks(vae, dit, prompts, length, eot, steps, cfg_scale, temperature, seed, callback=None):
+    """As continue_texts, with Cola DLM. Where a length is given it writes so many tokens, of one document after another. callback(0, texts)
+    sees after each block what is written, which never changes."""
+    texts, rooms = [[] for _ in prompts], [length or dit.config.block_size - len(prompt) for prompt in prompts]
+    is_done = lambda text, room: len(text) >= room or not length and eot in text
+    for new in write_blocks(vae, dit, prompts, eot, steps, cfg_scale, temperature, seed):
+        for text, room, row in zip(texts, rooms, new.tolist()):
+            if not is_done(text, room):
+                text += (row[: row.index(eot) + 1] if eot in row else row)[: room - len(text)]
+        if callback is not None:
+            callback(0.0, texts)
+        if all(map(is_done, texts, rooms)):
+            return texts
+
+
 @torch.no_grad()
 def write_blocks(vae, dit, prompts, eot, steps, cfg_scale, temperature, seed=0):
-    """Cola DLM's sampler: continues prompts (B lists of ids) block after block, without end, and yields tokens (B, n). What is written
-    is encoded again, so that a history is what it was in training. The DiT reads it once, and its keys and values are kept. Nobody
-    looks back further than a training row, so memory is bounded. unspecified: what follows an end-of-text in its block is not
-    seen, and the next block begins another document, with nothing before it."""
-    (b, W), device = (dit.config.latent_block, dit.config.block_size), vae.z_mean.device
-    B, P, end = len(prompts), *[min(max(map(len, prompts)), W - 1)] * 2         # P tokens are seen; end: how many there were
-    tokens = torch.tensor([[eot] * (P - len(x)) + x[max(len(x) - P, 0) :] for x in prompts], dtype=torch.long, device=device)  # (B, P)
-    document = torch.tensor([[-1] * (P - len(x)) + [0] * min(P, len(x)) for x in prompts], dtype=torch.long, device=device)
-    now = torch.zeros(B, 1, dtype=torch.long, device=device)                    # the document that the next block is of; -1 above: none
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(B)]
-    twice = lambda x: x if cfg_scale == 1 else torch.cat((x, x))                # guidance reads each row with and without its history
-    cache, fresh = [[] for _ in dit.trunk.h], P                                 # fresh: how many of the tokens the DiT has not read
+    """The sampler of [Cola]: continues prompts (B lists of ids) block after block, without end, and yields
+    the tokens (B, b) of each. A written block is encoded as the prompt was, and the DiT reads it once: its keys and values are kept,
+    those of the last block_size - b tokens, so that text of any length takes the same memory. unspecified: a block that has an
+    end-of-text is not read beyond it, and the next one begins another document, with nothing before it."""
+    b, device, guided = dit.config.latent_block, vae.z_mean.device, cfg_scale != 1
+    window = dit.config.block_size - b                                          # how many tokens before a block are seen from it
+    P = min(window, max(map(len, prompts)))                                     # tokens in memory
+    ids = lambda rows: torch.tensor(rows, dtype=torch.long, device=device)
+    tokens = ids([[eot] * (P - len(x)) + x[max(len(x) - P, 0) :] for x in prompts])  # (B, P)
+    document = ids([[-1] * (P - len(x)) + [0] * min(P, len(x)) for x in prompts])  # (B, P): which of a row's documents, -1: none
+    now = ids([[0]] * len(prompts))                                             # (B, 1): the one that is being written
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    memory, end, unread = [[] for _ in dit.trunk.h], P, P                       # end: where the next block begins
     while True:
-        n = min(b, max(W - P, W // 2))                                          # as long as the next block is
-        clean, block = vae.latents(tokens, document), torch.arange(-P, 0, device=device) // b  # (B, P, C), (P,)
-        if fresh:
-            kind = torch.full_like(document, CONTEXT)                           # (B, P)
-            mask = who_sees_whom(kind[0], block) & same_segment(document)       # (B, 1, P, P)
-            x = twice(clean)[:, -fresh:]                                        # (B or 2 B, fresh, C)
-            x[B:] = 0
-            dit(x, twice(kind[:, -fresh:]), x.new_zeros(len(x), 1), 0 * x, twice(mask[:, :, -fresh:]), last=1,
-                position=torch.arange(end - fresh, end, device=device), cache=cache, keep=W - n)
-        clean, document = clean[:, n - W :], torch.cat((document[:, n - W :], now.expand(B, n)), dim=1)  # (B, P, C), (B, P + n)
-        z = torch.stack([torch.randn(n, vae.config.channels, generator=g) for g in generators]).to(device)  # (B, n, C)
-        mask = same_segment(document)[:, :, -n:]                                # (B, 1, n, P + n)
-        z = denoise(dit, z, z, torch.full_like(document[:, -n:], TARGET), steps, cfg_scale, temperature, mask=mask,
-                    position=torch.arange(end, end + n, device=device), cache=cache)
-        new = vae.read(torch.cat((clean, z), dim=1), document)[:, -n:]          # (B, n)
+        # Read what is new; for guidance also as if it were nothing, in the last B of 2 B rows
+        clean = vae.latents(tokens, document)                                   # (B, P, C)
+        if unread:
+            x = torch.cat((clean, 0 * clean) if guided else (clean,))[:, -unread:]  # (B or 2 B, unread, C)
+            kind, block = torch.full_like(document, CONTEXT), torch.arange(-len(document[0]), 0, device=device) // b
+            mask = who_sees_whom(kind[0], block)[-unread:] & same_segment(document)[:, :, -unread:]  # (B, 1, unread, P)
+            kind, mask = (a.repeat(1 + guided, *[1] * (a.dim() - 1)) for a in (kind[:, -unread:], mask))
+            dit(x, kind, x.new_zeros(len(x), 1), torch.zeros_like(x), mask, last=1, memory=memory, keep=window,
+                position=torch.arange(end - unread, end, device=device))        # for what it remembers, not for its output
+        # Write a block, which sees its own document only
+        clean, document = clean[:, -window:], torch.cat((document[:, -window:], now.expand(-1, b)), dim=1)  # (B, P, C), (B, P + b)
+        z = torch.stack([torch.randn(b, clean.shape[-1], generator=g) for g in generators]).to(device)  # (B, b, C)
+        z = denoise(dit, z, torch.zeros_like(z), torch.full_like(document[:, -b:], TARGET), steps, cfg_scale, temperature,
+                    mask=same_segment(document)[:, :, -b:], position=torch.arange(end, end + b, device=device), memory=memory)
+        new = vae.read(torch.cat((clean, z), dim=1), document)[:, -b:]          # (B, b)
         yield new
-        tokens, now = torch.cat((tokens[:, n - W :], new), dim=1), now + (new == eot).any(dim=1, keepdim=True)
-        P, end, fresh = tokens.shape[1], end + n, n
+        tokens, now = torch.cat((tokens[:, -window:], new), dim=1), now + (new == eot).any(dim=1, keepdim=True)
+        end, unread = end + b, b
 
 
 # ---- 6. Plumbing, once for all scripts: tokenizers, batches, command line, checkpoints, the training loop.
@@ -630,7 +646,7 @@ class Corpus:
             self.is_stream = self.meta["layout"] != "documents"  # one endless document
             self.ends = np.array([len(self.tokens)]) if self.is_stream else np.flatnonzero(self.tokens == self.eot) + 1
             self.N = block_size if self.is_stream else min(block_size, max(int(self.meta["longest"]), 2))
-            self.whole = False  # Cola DLM sets it: then a row is all target, as its contexts are whatever is before a block
+            self.whole = False  # Cola DLM sets it: a row is all target, as the context is whatever is before a block
         except (OSError, *BROKEN) as e:
             raise UserError(f"{path} and meta.json do not fit ({type(e).__name__}: {e}); prepare them again") from None
         if len(self.tokens) < self.N or not len(self.ends):
@@ -650,7 +666,7 @@ class Corpus:
                 raise UserError(f"{self.path}: token {max(row)} is beyond its vocabulary of {self.meta['vocab_size']}")
             cut = rng.integers(min(len(row), N)) if rng.random() > 0.1 else 0
             cut = max(cut, int(start > first and not self.is_stream))           # only a text's beginning follows nothing
-            if cut_words and cut and rng.random() < 0.25:
+            if cut_words and not self.whole and cut and rng.random() < 0.25:
                 row, cut = self.cut_word(row, cut, rng)
             lengths[i], cuts[i] = min(len(row), N), min(cut, N - 1)
             tokens[i, : lengths[i]] = row[:N]

@@ -60,17 +60,21 @@ def main():
     config.vocab_size = corpus.meta["vocab_size"]
     config.block_size = corpus.N = val.N = min(corpus.N, vae.config.block_size)
     config.channels, corpus.whole, val.whole = vae.config.channels, vae.config.causal, vae.config.causal
-    if vae.config.causal != (config.latent_block > 0) or config.latent_block > config.block_size:
-        raise UserError(f"--latent_block={config.latent_block}: blocks (at most a row, {config.block_size}) and a VAE of train_vae.py --causal need each other")
+    if vae.config.causal != (config.latent_block > 0):
+        raise UserError(f"this VAE is {'' if vae.config.causal else 'not '}causal: " + ("give a --latent_block" if vae.config.causal else
+                        f"--latent_block={config.latent_block} needs one of train_vae.py --causal"))
+    if 2 * config.latent_block > config.block_size:
+        raise UserError(f"--latent_block={config.latent_block} is more than half of a row of {config.block_size} tokens; lower it")
     torch.manual_seed(cfg.seed)
     rows, = val.fixed_batches(1, device)
     eps = torch.randn(*rows.tokens.shape, config.channels, generator=torch.Generator().manual_seed(0)).to(device)
 
     N, b = rows.tokens.shape[1], config.latent_block
-    block = torch.arange(N, device=device) // (b or N)
+    block = torch.arange(N, device=device) // (b or N)                          # (N,)
     # whose text takes the place of a row's context in `shuffled`: the next row's that is long enough
     cuts, lengths, B = (rows.segment == CONTEXT).sum(1).tolist(), rows.counted.sum(1).tolist(), len(eps)
-    donor = [next((j % B for j in range(i + 1, i + B) if lengths[j % B] > cuts[i]), i) for i in range(B)]
+    needs = [n - 1 if b else cut for cut, n in zip(cuts, lengths)]              # blocks: all of a row is context of something
+    donor = [next((j % B for j in range(i + 1, i + B) if lengths[j % B] > needs[i]), i) for i in range(B)]
 
     @torch.no_grad()
     def evaluate(dit):
@@ -89,8 +93,8 @@ def main():
             table.append(dict(t=round(t.item(), 1), loss=mean(loss), shuffled=mean(shuffled),
                               noisy=mean(vae.read(noisy, segment) == tokens), predicted=mean(vae.read(predicted, segment) == tokens)))
             lines.append("{t:5.1f}{loss:9.4f}{shuffled:10.4f}{noisy:8.3f}{predicted:11.3f}".format(**table[-1]))
-        prompts = [row[: N // 4 if b else cut].tolist()[: N // 2] for row, cut in zip(tokens[:4], cuts)]
-        for prompt, text in zip(prompts, continue_texts(vae, dit, prompts, N // 2, corpus.eot)):
+        prompts = [row[: n // 2 if b else cut].tolist()[: N // 2] for row, cut, n in zip(tokens[:4], cuts, lengths)]
+        for prompt, text in zip(prompts, continue_texts(vae, dit, prompts, 0 if b else N // 2, corpus.eot)):
             text = [i for i in text if i != corpus.eot]
             lines.append(f"  {corpus.encoding.decode(prompt)!r} -> {corpus.encoding.decode(text)!r}")
         tqdm.write("\n".join(lines))
