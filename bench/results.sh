@@ -6,7 +6,7 @@
 #
 #     bash bench/results.sh names                    # then: cat out/names/eval.md
 #     bash bench/results.sh docs
-#     BLOCKS="4 8 16 32" bash bench/results.sh docs  # and Cola DLM's blocks, of as many latents
+#     BLOCKS="4 8 16" bash bench/results.sh docs  # and Cola DLM's blocks, of as many latents
 #     bash bench/results.sh books FILE_OR_FOLDER     # OpenWebText2's format; wants a GPU, where each stage fits in ten minutes
 set -euo pipefail
 cd "$(dirname "$0")/.."
