@@ -134,18 +134,19 @@ def main():
         return encoding.decode(ids).removesuffix("<|endoftext|>").replace("<|endoftext|>", "\n")
 
     def trace(t, texts):
-        seen.append("")
-        if (len(seen) - 2) % max(options.steps // 10, 1) == 0:
+        seen.append(t)
+        if (len(seen) - 1) % max(options.steps // 10, 1) == 0:
             print(f"t={t:.3f}  " + "  ".join(repr(show(ids)) for ids in texts))
 
     def stream(t, texts):
-        seen.append(f"{lines[0]['prompt']}|{show(texts[0])}".rstrip("\ufffd"))  # which may become a character
-        print(seen[-1][len(seen[-2]) :], end="", flush=True)
+        nonlocal shown
+        before, shown = shown, f"{lines[0]['prompt']}|{show(texts[0])}".rstrip("\ufffd")  # which may become a character
+        print(shown[len(before) :], end="", flush=True)
 
-    texts, seen, streams = [], [""], b and len(prompts) == 1 and not options.output
+    texts, seen, shown, streams = [], [], "", b and len(prompts) == 1 and not options.output
     for start in tqdm(range(0, len(prompts), options.batch_size), desc="sample", disable=len(prompts) <= options.batch_size):
         some, seed = prompts[start : start + options.batch_size], options.seed * 1_000_003 + start  # no two seeds share noise
-        seen[:] = [""]
+        seen.clear()
         with autocast:
             if options.gpt:
                 new = generate(gpt, some, options.length, eot, options.temperature, seed=seed)
@@ -158,7 +159,7 @@ def main():
                                             for line, (text, ended) in zip(lines, texts)))
     else:
         for line, (text, _) in zip(lines, texts):
-            print(f"{line['prompt']}|{text}"[len(seen[-1]) if streams else 0 :])
+            print(f"{line['prompt']}|{text}"[len(shown) :])
 
 
 if __name__ == "__main__":

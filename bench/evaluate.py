@@ -170,7 +170,8 @@ def make_system(kind, path, options, corpus, device):
         def write(lines, knob, seed):
             steps, scale = int(knob["steps"]), knob["cfg"]
             rows = continue_texts(vae, dit, [b["ids"] for b in lines], 0, eot, steps, scale, knob.get("temperature", 1.0), seed)
-            blocks = sum(-(-len(row) // (dit.config.latent_block or len(row))) for row in rows) / len(rows)
+            b = dit.config.latent_block
+            blocks = sum(math.ceil(len(row) / b) for row in rows) / len(rows) if b else 1
             return decode(rows), steps * (1 if scale == 1 else 2) * blocks
         knobs = [dict(steps=s, cfg=w) for s in numbers("steps") for w in numbers("cfg")]
         return [dict(k, temperature=t) for k in knobs for t in numbers("temperature")] if dit.config.predict_tokens else knobs, write

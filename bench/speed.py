@@ -13,6 +13,7 @@ import contextlib
 import copy
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -302,23 +303,22 @@ def sampling(options, V):
     for B in batches:
         prompts = torch.randint(0, V - 1, (B, 256), device=device)
         for length in lengths:
-            systems = {"textldm, 50 steps": lambda: continue_texts(vae, dit, prompts.tolist(), length, V - 1, 50),
-                       "textldm, 20 steps": lambda: continue_texts(vae, dit, prompts.tolist(), length, V - 1, 20),
-                       **{f"blocks of {b}, 20 steps": lambda b=b: continue_texts(causal, blocks[b], prompts.tolist(), length, V - 1, 20) for b in blocks},
-                       "gpt, static cache": lambda: cached_gpt(gpt, prompts, length, dtype, options.compile)}
+            ours = lambda vae, dit, steps: lambda: continue_texts(vae, dit, prompts.tolist(), length, V - 1, steps)
+            systems = {"textldm, 50 steps": (ours(vae, dit, 50), 50), "textldm, 20 steps": (ours(vae, dit, 20), 20),  # and evaluations
+                       **{f"blocks of {b}, 20 steps": (ours(causal, blocks[b], 20), 20 * math.ceil(length / b)) for b in blocks},
+                       "gpt, static cache": (lambda: cached_gpt(gpt, prompts, length, dtype, options.compile), length)}
             if theirs:
-                systems["gpt of transformers"] = lambda: theirs(prompts, length)
+                systems["gpt of transformers"] = lambda: theirs(prompts, length), length
             seconds = {name: [] for name in systems}
             for i in range(options.rounds if device.type == "cuda" else min(options.rounds, 2)):
-                for name, system in systems.items():
+                for name, (system, _) in systems.items():
                     for _ in range(1 + (i == 0 and device.type == "cuda")):  # once more where something compiles
                         took = seconds_of(device, system, autocast)
                     seconds[name].append(took)
             base = np.array(seconds["gpt, static cache"])
             for name, s in seconds.items():
                 rows.append(dict(system=name, prompts=B, new_tokens=length, seconds=float(np.median(s)), tokens_per_second=B * length / float(np.median(s)),
-                                 evaluations=length if "gpt" in name else int(name.split(", ")[1].split()[0]) * (-(-length // int(name.split()[2].strip(","))) if "blocks" in name else 1),
-                                 speed_over_gpt=float(np.median(base / np.array(s)))))
+                                 evaluations=systems[name][1], speed_over_gpt=float(np.median(base / np.array(s)))))
     return rows
 
 
