@@ -77,6 +77,10 @@ def signals():
         signal.signal(s, handler)
 
 
+def all_of(z):  # the mask that hides nothing
+    return torch.ones(len(z), 1, 1, 1, dtype=torch.bool)
+
+
 def script(path, *arguments):
     """Runs a script's main in this process, as the command line would."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
@@ -173,8 +177,8 @@ def test_padding_changes_no_number(vae, dit):
     z, t, mask = vae.latents(*padded[:2]), torch.tensor(0.6), (padded.segment != PADDING)[:, None, None]
     assert torch.allclose(z[:, :N], vae.latents(*batch[:2]), atol=1e-5)
     for scale in (1, 3):
-        a = guided_estimate(dit.train(), z[:, :N], t, z[:, :N], z[:, :N], batch.segment, scale)
-        b = guided_estimate(dit.train(), z, t, z, z, padded.segment, scale, mask=mask)
+        a = guided_estimate(dit.train(), z[:, :N], t, z[:, :N], z[:, :N], batch.segment, all_of(z), scale)
+        b = guided_estimate(dit.train(), z, t, z, z, padded.segment, mask, scale)
         assert torch.allclose(a, b[:, :N], rtol=1e-4, atol=1e-4), scale
     means = []
     for b in (batch, padded):
@@ -378,7 +382,7 @@ def test_guidance_scale_1_is_the_conditional_model_and_0_the_unconditional(dit):
     conditional, unconditional = (dit.estimate(dit(x, segment, t.expand(4, 1), guess), x, t.expand(4, 1)) for x in both)
     assert not torch.allclose(conditional, unconditional, atol=1e-3)
     for scale, z_0 in ((1, conditional), (1 + 1e-7, conditional), (0, unconditional), (3, unconditional + 3 * (conditional - unconditional))):
-        new = guided_estimate(dit, z, t, guess, context, segment, scale)
+        new = guided_estimate(dit, z, t, guess, context, segment, all_of(z), scale)
         assert torch.allclose(new[segment == TARGET], z_0[segment == TARGET], atol=1e-4), scale
 
 
@@ -433,7 +437,7 @@ def test_each_step_is_told_what_the_one_before_estimated(vae, dit, monkeypatch):
     monkeypatch.setattr(textldm, "guided_estimate", lambda *a, **more: told.append(a[3]) or made.append(real(*a, **more)) or made[-1])
     continue_texts(vae, dit, [[1, 2], [3]], 6, EOT, steps=4)
     assert not told[0].any() and all(a is b for a, b in zip(told[1:], made)) and len(told) == 4
-    assert not torch.equal(*(real(dit, made[0], torch.tensor(0.5), guess, made[0], make_batch().segment[:2, : made[0].shape[1]], 2.0)
+    assert not torch.equal(*(real(dit, made[0], torch.tensor(0.5), guess, made[0], make_batch().segment[:2, : made[0].shape[1]], all_of(made[0]), 2.0)
                              for guess in (made[0], 0 * made[0])))
 
 
@@ -466,6 +470,29 @@ def test_a_block_sees_the_clean_ones_before_it_and_itself(cola):
         elsewhere = torch.where((block == j)[:, None], torch.randn(4, N, C), 0.0)
         by_context, by_noise = ((run(*x, 4) - told).abs().amax(dim=(0, 2)) > 1e-5 for x in ((context + elsewhere, eps), (context, eps + elsewhere)))
         assert torch.equal(by_context, block > j) and torch.equal(by_noise, block == j)
+
+
+def test_rows_from_the_middle_do_not_teach_how_texts_begin(cola, tmp_path):
+    vae, dit = cola
+    batch, seen = make_batch(), []
+    cut_off = torch.tensor([True, False, True, False])
+    whole = batch._replace(segment=torch.ones_like(batch.segment), weight=torch.ones_like(batch.weight))
+    some = whole._replace(weight=whole.weight.masked_fill(cut_off[:, None] & (torch.arange(N) == 0), 0))
+    forward = dit.forward
+    dit.forward = lambda *x, **more: seen.append((forward(*x, **more), more)) or seen[-1][0]
+    flow_loss(dit, vae, some, torch.Generator().manual_seed(0))
+    output, block = seen[-1][0].detach().requires_grad_(), (seen[-1][1]["when"][N:] - 1)
+    dit.forward = lambda *x, **more: output[: len(x[0])]
+    gradient, = torch.autograd.grad(flow_loss(dit, vae, some, torch.Generator().manual_seed(0))["loss"], output)
+    assert torch.equal(gradient.abs().sum(-1) > 0, ~(cut_off[:, None] & (block == 0)))
+    # and Corpus marks such rows, and no other
+    jsonl(tmp_path / "docs.jsonl", [" ".join(f"{i}{j}" for j in range(30)) for i in range(40)])
+    script("data/prepare.py", tmp_path / "docs.jsonl", "--out", tmp_path / "d", "--encoding=bpe", "--vocab_size=300", "--layout=documents", "--val_fraction=0.2")
+    corpus = Corpus(tmp_path / "d", "train", 16, whole=True)
+    rows = corpus.batch(np.random.default_rng(0), 200, 16)
+    begins = {tuple(corpus.tokens[i : i + 16]) for i in [0, *corpus.ends[:-1]]}
+    assert [tuple(row) in begins for row in rows.tokens.tolist()] == (rows.weight[:, 0] == 1).tolist() and 0 < rows.weight[:, 0].sum() < 200
+    assert (rows.weight[:, 1:] == 1).all() and (rows.segment == TARGET).all()
 
 
 def test_the_vae_of_blocks_looks_back_only_and_all_the_way(cola):
@@ -501,7 +528,6 @@ def test_what_is_kept_of_the_history_is_what_reading_it_again_would_give(cola, s
     """Against one pass over all that was ever read and the noisy block, with the mask of training, over several documents and rows."""
     vae, dit = cola
     read, forward, luck, history, outputs, kept = vae.read, dit.forward, torch.Generator().manual_seed(5), [], [], []
-    vae.read = lambda z, document: torch.where(torch.rand(document.shape, generator=luck) < 0.05, EOT, read(z, document))
     prompts, W, b = [[1, 2, 3, 4, 5, 6, 7], [8, 9], []], N, 3
     now, B = torch.zeros(3), 3 * (1 if scale == 1 else 2)
     documents = torch.tensor([[-1] * (7 - len(p)) + [0] * len(p) for p in prompts])
@@ -524,13 +550,16 @@ def test_what_is_kept_of_the_history_is_what_reading_it_again_would_give(cola, s
             outputs.append(output)
         return output
 
-    dit.forward = both
-    for i, new in enumerate(textldm.write_blocks(vae, dit, prompts, EOT, 3, scale, 1.0, seed=4)):
+    def new_block(z, seen):
+        nonlocal documents, now
+        tokens = torch.where(torch.rand(seen.shape, generator=luck) < 0.05, EOT, read(z, seen))
         documents = torch.cat((documents, now[:, None].expand(3, b).long()), dim=1)
-        now = now + (new == EOT).any(1)
-        if i == 12:
-            break
-    assert len(outputs) == 13 * 3 and now.min() > 0 and max(kept) <= W - b < 7 + 13 * b
+        now = now + (tokens[:, -b:] == EOT).any(1)
+        return tokens
+
+    dit.forward, vae.read = both, new_block
+    textldm.continue_in_blocks(vae, dit, prompts, 13 * b, EOT, 3, scale, 1.0, seed=4)
+    assert len(outputs) >= 13 * 3 and now.min() > 0 and max(kept) <= W - b < 7 + 13 * b
     assert all(not x[3:].any() for x in history), "guidance is against no history"
 
 

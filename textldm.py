@@ -18,13 +18,12 @@ Rows     hold two texts, a context, then the target that continues it (Corpus.ba
          and including its end-of-text, and TAIL_WEIGHT in the tail, which is trained lightly, so that samples stop. What
          stages 1 and 2 minimise (`loss`) is averaged by weight; what else they report is over counted tokens.
 Blocks   With --latent_block the DiT is Cola DLM's, one network with another layout of the row: a row is one text, cut in blocks, and each
-         of them is a target whose context is all before it. The VAE is then causal, and the sampler, write_blocks, has no end.
+         of them is a target whose context is all before it. The VAE is then causal, and sampling (continue_in_blocks) need not end.
 Latents  z are raw in TextVAE's forward, `posterior` and `decode`, and of mean 0 and std 1 per channel everywhere else.
 Tags     `unspecified:` the paper is silent and the choice is ours.   `deviation:` we do otherwise.
-[TextLDM] Jiang et al. 2026, arXiv 2605.07748     [GPT2] Radford et al. 2019     [RoPE] Su et al. 2021, 2104.09864
-[VAE] Kingma, Welling 2013, 1312.6114     [DiT] Peebles, Xie 2022, 2212.09748    [REPA] Yu et al. 2024, 2410.06940
-[FM] Lipman et al. 2022, 2210.02747       [SD3] Esser et al. 2024, 2403.03206    [CFG] Ho, Salimans 2022, 2207.12598
-[AB] Chen et al. 2022, 2208.04202         [Cola] Guo et al. 2026, 2605.06548
+[TextLDM] Jiang et al. 2026, arXiv 2605.07748   [VAE] Kingma, Welling 2013, 1312.6114    [CFG] Ho, Salimans 2022, 2207.12598
+[Cola] Guo et al. 2026, 2605.06548   [GPT2] Radford et al. 2019    [RoPE] Su et al. 2021, 2104.09864    [DiT] Peebles, Xie 2022, 2212.09748
+[FM] Lipman et al. 2022, 2210.02747  [SD3] Esser et al. 2024, 2403.03206   [REPA] Yu et al. 2024, 2410.06940   [AB] Chen et al. 2022, 2208.04202
 Short of time? Read TextDiT's forward and estimate, part 5 (the loss and the sampler), then TextVAE.forward.
 """
 
@@ -93,8 +92,7 @@ class TrunkConfig(Config):
 
 
 def rotate(x, position):
-    """Rotary positions [RoPE]: turns pairs of channels of x (..., N, D) by angles that grow with the position (N,), so
-    that q . k depends on the distance of two tokens only."""
+    """Rotary positions [RoPE]: pairs of channels of x (..., N, D) turn with the position (N,), so that q . k depends on distances only."""
     D = x.shape[-1]
     frequency = 10000 ** (-torch.arange(0, D, 2, device=x.device) / D)          # (D/2,)
     angle = position[:, None] * frequency                                       # (N, D/2)
@@ -136,12 +134,11 @@ class Block(nn.Module):
             c_fc=nn.Linear(n_embd, 4 * n_embd), gelu=nn.GELU(), c_proj=nn.Linear(4 * n_embd, n_embd)))
         self.adaln = nn.Linear(n_embd, 6 * n_embd) if adaln else None
 
-    def forward(self, x, time_emb=None, when=None, **attention):                # (B, N, E), (B, M, E), (N,) or None
+    def forward(self, x, time_emb=None, when=slice(None), **attention):         # (B, N, E), (B, M, E), (N,)
         if self.adaln is None:
             x = x + self.attn(self.ln_1(x), **attention)
             return x + self.mlp(self.ln_2(x))
-        six = self.adaln(time_emb)                                              # (B, M, 6 E)
-        six = six if when is None else six[:, when]                             # (B, N, 6 E): token i has time number when[i] of its row
+        six = self.adaln(time_emb)[:, when]                                     # (B, N or 1, 6 E): token i has time number when[i] of its row
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = six.chunk(6, dim=-1)  # (B, N or 1, E) each
         x = x + gate_1 * self.attn(self.ln_1(x) * (1 + scale_1) + shift_1, **attention)
         return x + gate_2 * self.mlp(self.ln_2(x) * (1 + scale_2) + shift_2)
@@ -200,8 +197,7 @@ class GPT(Trunk):
         init_weights(self)
 
     def hidden_states(self, tokens, layer):
-        """The residual stream (B, N, E) after block `layer`, counted from 1 (0: the embeddings), before the
-        final norm, for tokens (B, N), N at most block_size."""
+        """The residual stream (B, N, E) behind block `layer`, from 1 (0: the embeddings), and no norm, for tokens (B, N), N up to block_size."""
         x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]               # (B, N, E)
         return self.through(self.h[:layer], x, causal=True)
 
@@ -218,9 +214,8 @@ class GPT(Trunk):
             path = Path(torch.hub.get_dir(), "checkpoints", f"{source}.bin")
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                url = f"https://huggingface.co/openai-community/{source}/resolve/main/pytorch_model.bin"
                 if not path.exists():
-                    torch.hub.download_url_to_file(url, str(path))
+                    torch.hub.download_url_to_file(f"https://huggingface.co/openai-community/{source}/resolve/main/pytorch_model.bin", str(path))
             except OSError as e:
                 raise UserError(f"cannot download {source} ({e}); name a local folder instead") from None
         elif path.is_dir():
@@ -241,12 +236,12 @@ class GPT(Trunk):
 
 
 # ---- 3. The VAE: tokens to latents and back, one latent a token; aligned to a teacher by REPA
-def same_segment(segment):
-    """Who sees whom in the VAE, (B, 1, N, N): query and key with the same label. Context and target share a row
-    and a pass, and neither knows of the other (section 3.2 of [TextLDM]: a bidirectional encoder would
-    leak the target into the context). Rotary positions see only distances, so this equals two passes. write_blocks gives
-    numbers of documents for labels."""
-    return (segment[:, :, None] == segment[:, None, :])[:, None]
+def same_segment(segment, causal=False):
+    """Who sees whom in the VAE, (B, 1, N, N): query and key with the same label (and, for Cola DLM, not a later key). Context and
+    target share a row and a pass, and neither knows of the other (section 3.2 of [TextLDM]: a bidirectional encoder would
+    leak the target into the context). Rotary positions see only distances, so this equals two passes."""
+    same = (segment[:, :, None] == segment[:, None, :])[:, None]
+    return same.tril() if causal else same
 
 
 @torch.no_grad()
@@ -290,19 +285,16 @@ class TextVAE(nn.Module):
             self.register_buffer(f"{name}_mean", torch.zeros(width))
             self.register_buffer(f"{name}_std", torch.ones(width))
 
-    def mask(self, segment):                                                    # (B, 1, N, N)
-        return same_segment(segment).tril() if self.config.causal else same_segment(segment)
-
     def posterior(self, tokens, segment):
         """tokens, segment (B, N) -> mu (B, N, C), logvar (B, N, C) and the encoder's features h (B, N, E)."""
-        h = self.encoder(self.wte(tokens), self.mask(segment))                  # (B, N, E)
+        h = self.encoder(self.wte(tokens), same_segment(segment, self.config.causal))  # (B, N, E)
         mu, logvar = self.to_posterior(h).float().chunk(2, dim=-1)              # (B, N, C) each
         return mu, logvar.clamp(-20, 10), h
 
     def decode(self, z, segment):
         """Raw latents z (B, N, C) -> logits (B, N, V) of all tokens at once."""
         x = self.from_latent(z).float()  # (B, N, E): under autocast products are bf16, the residual stream is not
-        return self.to_logits(self.decoder(x, self.mask(segment))).float()
+        return self.to_logits(self.decoder(x, same_segment(segment, self.config.causal))).float()
 
     def alignment(self, student, features):
         """REPA [REPA]: cosine (B, N) of the student, linearly projected, and the frozen teacher's features (B, N, E_teacher).
@@ -405,10 +397,9 @@ class TextDiT(nn.Module):
         return self.time_mlp(torch.cat((angle.cos(), angle.sin()), dim=-1))     # (B, M, E)
 
     def forward(self, x, segment, t, guess, mask=None, last=0, **more):
-        """x (B, N, C), clean (or dropped: zero) where segment is CONTEXT, noisy where TARGET; t (B, M): one time for
-        a row, or several, of which token i has number when[i]; guess (B, N, C): an earlier estimate of the targets' z_0, zero where there
-        is none. Returns velocities (B, N, C), or with `predict_tokens` logits (B, N, V) of the tokens given all of x. last: for how
-        many tokens at the end (0: for all). mask and more (when, position, memory, keep) go to the Transformer's blocks."""
+        """x (B, N, C), clean (or dropped: zero) where segment is CONTEXT, noisy where TARGET; t (B, M), one time for a row, or
+        one for each block; guess (B, N, C), an earlier estimate of the targets' z_0, or zero. Returns velocities (B, N, C), or with
+        `predict_tokens` logits (B, N, V), of the `last` tokens (0: of all). mask and more (when, position, memory, keep) go to the Transformer."""
         is_target = segment == TARGET                                           # (B, N)
         h = self.from_latent(x) + self.segment_emb(is_target.long())            # (B, N, E)
         if self.config.self_condition:
@@ -434,27 +425,19 @@ def logit_normal(u, config):
     return torch.sigmoid(config.t_mean + config.t_std * math.sqrt(2) * torch.erfinv(2 * u - 1))
 
 
-def clean_and_noisy(context, z_t, t, block):
-    """Cola DLM reads a row twice at once, [clean ; noisy], so that each of its M blocks is a target, with its clean history. Takes context and
-    z_t (B, N, C), t (B, M), block (N,); returns what TextDiT.forward takes for both halves, and gives an output for the second."""
-    (B, N, _), device = z_t.shape, z_t.device
-    segment, twice = torch.tensor((CONTEXT, TARGET), device=device).repeat_interleave(N), block.repeat(2)  # (2 N,) each
-    when = torch.where(segment == TARGET, 1 + twice, 0)                         # (2 N,): clean tokens are at t = 0, noisy ones at their block's
-    more = dict(when=when, mask=who_sees_whom(segment, twice), position=torch.arange(N, device=device).repeat(2), last=N)
-    return torch.cat((context, z_t), dim=1), segment.expand(B, -1), F.pad(t, (1, 0)), more  # (B, 2 N, C), (B, 2 N), (B, 1 + M)
-
-
 def denoising_loss(dit, z_0, context, tokens, segment, t, eps, block, n_guess=0):
-    """The loss (B, N), to be averaged over targets, for what flow_loss draws: latents z_0 and noise eps (B, N, C), the tokens (B, N),
-    the block (N,) of each token, times t (B, M) of the M blocks. The loss is cross-entropy or, of velocities, flow matching's squared
-    error (Eq. 5 of [TextLDM]). context (B, N, C) is z_0, or zeros in the rows where it is dropped. Self-conditioning [AB]: a sample is told
-    what the step before estimated; in training the first n_guess rows are told what a first pass estimates.
-    Returns also what `estimate` takes: the DiT's output, z_t (B, N, C), and the times (B, N)."""
-    N, at = z_0.shape[1], t[:, block]                                           # (B, N)
+    """The loss (B, N), to be averaged over targets, for what flow_loss draws: latents z_0 and noise eps (B, N, C), the tokens (B, N), the
+    block (N,) of each token, times t (B, M) of the M blocks; context (B, N, C) is z_0, or zeros in rows where it is dropped. The loss is
+    cross-entropy or, of velocities, flow matching's squared error (Eq. 5 of [TextLDM]). Self-conditioning [AB]: a sample is told what the step
+    before estimated; in training the first n_guess rows are told what a first pass estimates. Returns also what `estimate` takes."""
+    (B, N, _), at = z_0.shape, t[:, block]                                      # (B, N)
     z_t = (1 - at[..., None]) * z_0 + at[..., None] * eps                       # (B, N, C)
     x, more = torch.where((segment == TARGET)[..., None], z_t, context), {}     # (B, N, C)
-    if dit.config.latent_block:
-        x, segment, t, more = clean_and_noisy(context, z_t, t, block)
+    if dit.config.latent_block:  # Cola DLM reads a row twice at once, [clean ; noisy], so that each block is a target with its clean history
+        kind, twice = torch.tensor((CONTEXT, TARGET), device=x.device).repeat_interleave(N), block.repeat(2)  # (2 N,) each
+        x, segment, t = torch.cat((context, z_t), dim=1), kind.expand(B, -1), F.pad(t, (1, 0))  # (B, 2 N, C), (B, 2 N), (B, 1 + M)
+        more = dict(when=torch.where(kind == TARGET, 1 + twice, 0),             # (2 N,): clean tokens are at t = 0, noisy ones at their block's
+                    mask=who_sees_whom(kind, twice), position=torch.arange(N, device=x.device).repeat(2), last=N)
     guess = torch.zeros_like(x)
     if dit.config.self_condition and n_guess:
         with torch.no_grad():
@@ -478,20 +461,21 @@ def flow_loss(dit, vae, batch, generator):
     t, drop = logit_normal(u[:-1].T, dit.config), u[-1] < dit.config.context_drop  # (B, M), (B,)
     context = z_0.masked_fill(drop[:, None, None], 0)                           # (B, N, C)
     loss, *_ = denoising_loss(dit, z_0, context, batch.tokens, batch.segment, t, eps, block, n_guess=(B + 1) // 2)
-    return dict(loss=weighted_mean(loss, batch.weight * (batch.segment == TARGET)))
+    # the first block of a row from the middle of a text is no example of how texts begin: Corpus.batch gave its first token no weight
+    is_target = (batch.segment == TARGET) & ((block > 0) | (batch.weight[:, :1] > 0))  # (B, N)
+    return dict(loss=weighted_mean(loss, batch.weight * is_target))
 
 
-def guided_estimate(dit, z, t, guess, context, segment, cfg_scale, temperature=1.0, mask=None, **more):
-    """e_u + w (e_c - e_u) [CFG], of the estimates of z_0 with and without the context, for latents z (B, N, C) at time t and the
-    estimate before, guess (B, N, C). To guide estimates is to guide velocities, which are (z - e) / t. w = 1 is the conditional
-    model, at half the cost. context (B, N, C) holds clean latents; what z holds in their places is never looked at."""
+def guided_estimate(dit, z, t, guess, context, segment, mask, cfg_scale, temperature=1.0, **more):
+    """e_u + w (e_c - e_u) [CFG], of the estimates of z_0 with and without the context (B, N, C), for noisy latents z (B, N, C) at time t
+    and the estimate before, guess (B, N, C). To guide estimates is to guide velocities, (z - e) / t. w = 1 needs one of the two only."""
     is_target, t = (segment == TARGET)[..., None], t.expand(len(z), 1)          # (B, N, 1), (B, 1)
     x = torch.where(is_target, z, context)                                      # (B, N, C)
     if cfg_scale == 1:
         return dit.estimate(dit(x, segment, t, guess, mask, **more), x, t, temperature)
-    mask = mask if mask is None else mask.repeat(2, 1, 1, 1)
     x, t = torch.cat((x, torch.where(is_target, z, 0.0))), t.repeat(2, 1)       # (2 B, N, C): the last B rows without their context
-    e_c, e_u = dit.estimate(dit(x, segment.repeat(2, 1), t, guess.repeat(2, 1, 1), mask, **more), x, t, temperature).chunk(2)
+    output = dit(x, segment.repeat(2, 1), t, guess.repeat(2, 1, 1), mask.repeat(2, 1, 1, 1), **more)
+    e_c, e_u = dit.estimate(output, x, t, temperature).chunk(2)                 # (B, N, C) each
     return e_u + cfg_scale * (e_c - e_u)
 
 
@@ -507,10 +491,10 @@ def euler(estimate, z, times, callback=None):
     return z
 
 
-def denoise(dit, z, context, segment, steps, cfg_scale, temperature, callback=None, **more):
-    """From noise z (B, N, C) to the latents of the targets; mask, and position and memory of blocks, go to the DiT in `more`."""
+def denoise(dit, z, context, segment, mask, steps, cfg_scale, temperature, callback=None, **more):
+    """From noise z (B, N, C) to the latents of the targets; `more`, of blocks, is for the DiT."""
     times = logit_normal(torch.linspace(1, 0, steps + 1), dit.config).to(z.device)
-    estimate = lambda z, t, guess: guided_estimate(dit, z, t, guess, context, segment, cfg_scale, temperature, **more)
+    estimate = lambda z, t, guess: guided_estimate(dit, z, t, guess, context, segment, mask, cfg_scale, temperature, **more)
     return euler(estimate, z, times, callback)
 
 
@@ -518,12 +502,9 @@ def rows_of(prompts, length, block_size, eot):
     """tokens and segment (B, N) of prompts (lists of ids, maybe empty), each with room for `length` tokens more, or for
     the rest of a row of block_size where length is 0."""
     ends = [(len(prompt) + length) if length else block_size for prompt in prompts]
-    tokens, segment = torch.full((len(prompts), max(ends)), eot), torch.full((len(prompts), max(ends)), PADDING)
-    for i, (prompt, end) in enumerate(zip(prompts, ends)):
-        tokens[i, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
-        segment[i, :end] = TARGET
-        segment[i, : len(prompt)] = CONTEXT
-    return tokens, segment
+    tokens = [prompt + [eot] * (max(ends) - len(prompt)) for prompt in prompts]
+    segment = [[CONTEXT] * len(p) + [TARGET] * (end - len(p)) + [PADDING] * (max(ends) - end) for p, end in zip(prompts, ends)]
+    return torch.tensor(tokens), torch.tensor(segment)
 
 
 def texts_of(tokens, segment, eot):
@@ -546,59 +527,48 @@ def continue_texts(vae, dit, prompts, length, eot, steps=20, cfg_scale=3.0, temp
     texts = lambda z: texts_of(vae.read(z, segment), segment, eot)
     context = vae.latents(tokens, segment)                                      # (B, N, C); the targets' are of end-of-texts, and not read
     mask = (segment != PADDING)[:, None, None]                                  # (B, 1, 1, N)
-    return texts(denoise(dit, z, context, segment, steps, cfg_scale, temperature,
-                         callback and (lambda t, z_0: callback(float(t), texts(z_0))), mask=mask))
-
-
-def continue_in_blocks(vae, dit, prompts, length, eot, steps, cfg_scale, temperature, seed, callback=None):
-    """As continue_texts, with Cola DLM. Where a length is given it writes so many tokens, of one document after another. callback(0, texts)
-    sees after each block what is written, which never changes."""
-    texts, rooms = [[] for _ in prompts], [length or dit.config.block_size - len(prompt) for prompt in prompts]
-    is_done = lambda text, room: len(text) >= room or not length and eot in text
-    for new in write_blocks(vae, dit, prompts, eot, steps, cfg_scale, temperature, seed):
-        for text, room, row in zip(texts, rooms, new.tolist()):
-            if not is_done(text, room):
-                text += (row[: row.index(eot) + 1] if eot in row else row)[: room - len(text)]
-        if callback is not None:
-            callback(0.0, texts)
-        if all(map(is_done, texts, rooms)):
-            return texts
+    return texts(denoise(dit, z, context, segment, mask, steps, cfg_scale, temperature,
+                         callback and (lambda t, z_0: callback(float(t), texts(z_0)))))
 
 
 @torch.no_grad()
-def write_blocks(vae, dit, prompts, eot, steps, cfg_scale, temperature, seed=0):
-    """The sampler of [Cola]: continues prompts (B lists of ids) block after block, without end, and yields
-    the tokens (B, b) of each. A written block is encoded as the prompt was, and the DiT reads it once: its keys and values are kept,
-    those of the last block_size - b tokens, so that text of any length takes the same memory. unspecified: a block that has an
-    end-of-text is not read beyond it, and the next one begins another document, with nothing before it."""
+def continue_in_blocks(vae, dit, prompts, length, eot, steps, cfg_scale, temperature, seed, callback=None):
+    """As continue_texts, with Cola DLM: block after block. Each is encoded as the prompt was, and the DiT reads it once: its keys and values
+    are kept, those of the last block_size - b tokens, so that text of any length takes the same memory. Where a length is given, so many
+    tokens are written. unspecified: behind an end-of-text another document begins, with the next block, and sees nothing before it.
+    callback(0, texts) sees after each block what is written, which never changes."""
     b, device, guided = dit.config.latent_block, vae.z_mean.device, cfg_scale != 1
     window = dit.config.block_size - b                                          # how many tokens before a block are seen from it
-    P = min(window, max(map(len, prompts)))                                     # tokens in memory
-    ids = lambda rows: torch.tensor(rows, dtype=torch.long, device=device)
-    tokens = ids([[eot] * (P - len(x)) + x[max(len(x) - P, 0) :] for x in prompts])  # (B, P)
-    document = ids([[-1] * (P - len(x)) + [0] * min(P, len(x)) for x in prompts])  # (B, P): which of a row's documents, -1: none
-    now = ids([[0]] * len(prompts))                                             # (B, 1): the one that is being written
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    memory, end, unread = [[] for _ in dit.trunk.h], P, P                       # end: where the next block begins
-    while True:
+    end = unread = P = min(window, max(map(len, prompts)))                      # end: where the next block begins
+    tokens = torch.tensor([[eot] * (P - len(x)) + x[max(len(x) - P, 0) :] for x in prompts], dtype=torch.long, device=device)  # (B, P)
+    begin = torch.tensor([[max(P - len(x), 0)] for x in prompts], device=device)  # (B, 1): behind padding, later behind an earlier document
+    generators, memory = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))], [[] for _ in dit.trunk.h]
+    texts, rooms = [[] for _ in prompts], [length or dit.config.block_size - len(prompt) for prompt in prompts]
+    is_done = lambda text, room: len(text) >= room or not length and eot in text
+    while not all(map(is_done, texts, rooms)):
         # Read what is new; for guidance also as if it were nothing, in the last B of 2 B rows
-        clean = vae.latents(tokens, document)                                   # (B, P, C)
+        place = torch.arange(end - tokens.shape[1], end, device=device)         # (P,)
+        seen = place >= begin                                                   # (B, P)
+        clean = vae.latents(tokens, seen)                                       # (B, P, C)
         if unread:
             x = torch.cat((clean, 0 * clean) if guided else (clean,))[:, -unread:]  # (B or 2 B, unread, C)
-            kind, block = torch.full_like(document, CONTEXT), torch.arange(-len(document[0]), 0, device=device) // b
-            mask = who_sees_whom(kind[0], block)[-unread:] & same_segment(document)[:, :, -unread:]  # (B, 1, unread, P)
-            kind, mask = (a.repeat(1 + guided, *[1] * (a.dim() - 1)) for a in (kind[:, -unread:], mask))
-            dit(x, kind, x.new_zeros(len(x), 1), torch.zeros_like(x), mask, last=1, memory=memory, keep=window,
-                position=torch.arange(end - unread, end, device=device))        # for what it remembers, not for its output
-        # Write a block, which sees its own document only
-        clean, document = clean[:, -window:], torch.cat((document[:, -window:], now.expand(-1, b)), dim=1)  # (B, P, C), (B, P + b)
+            mask = who_sees_whom(torch.full_like(place, CONTEXT), (place - end) // b) & same_segment(seen)  # (B, 1, P, P)
+            dit(x, torch.full(x.shape[:2], CONTEXT, device=device), x.new_zeros(len(x), 1), torch.zeros_like(x),
+                mask[:, :, -unread:].repeat(1 + guided, 1, 1, 1), last=1,       # for what it remembers, not for its output
+                position=place[-unread:], memory=memory, keep=window)
+        # Write a block
+        clean, seen = clean[:, -window:], F.pad(seen[:, -window:], (0, b), value=True)  # (B, P, C), (B, P + b)
         z = torch.stack([torch.randn(b, clean.shape[-1], generator=g) for g in generators]).to(device)  # (B, b, C)
-        z = denoise(dit, z, torch.zeros_like(z), torch.full_like(document[:, -b:], TARGET), steps, cfg_scale, temperature,
-                    mask=same_segment(document)[:, :, -b:], position=torch.arange(end, end + b, device=device), memory=memory)
-        new = vae.read(torch.cat((clean, z), dim=1), document)[:, -b:]          # (B, b)
-        yield new
-        tokens, now = torch.cat((tokens[:, -window:], new), dim=1), now + (new == eot).any(dim=1, keepdim=True)
-        end, unread = end + b, b
+        z = denoise(dit, z, torch.zeros_like(z), torch.full(z.shape[:2], TARGET, device=device), same_segment(seen)[:, :, -b:],
+                    steps, cfg_scale, temperature, position=torch.arange(end, end + b, device=device), memory=memory)
+        new = vae.read(torch.cat((clean, z), dim=1), seen)[:, -b:]              # (B, b)
+        for text, room, row in zip(texts, rooms, texts_of(new, torch.full_like(new, TARGET), eot)):
+            text += row[: 0 if is_done(text, room) else room - len(text)]
+        if callback is not None:
+            callback(0.0, texts)
+        tokens, end, unread = torch.cat((tokens[:, -window:], new), dim=1), end + b, b
+        begin = torch.where((new == eot).any(dim=1, keepdim=True), end, begin)
+    return texts
 
 
 # ---- 6. Plumbing, once for all scripts: tokenizers, batches, command line, checkpoints, the training loop.
@@ -628,9 +598,9 @@ def load_encoding(tokenizer, source="the checkpoint and its tokenizer"):
 
 class Corpus:
     """A memmap of tokens that data/prepare.py (or nanoGPT) wrote. A row of up to N is a document, where meta.json
-    says so, or else a window, in which attention and loss cross end-of-text tokens freely."""
+    says so, or else a window, in which attention and loss cross end-of-text tokens freely. whole: rows are all target, for Cola DLM."""
 
-    def __init__(self, folder, split, block_size):
+    def __init__(self, folder, split, block_size, whole=False):
         self.path = path = Path(folder) / f"{split}.bin"
         if not path.exists() or not path.stat().st_size:
             raise UserError(f"{path} is missing or empty; python data/prepare.py makes it (see its --help)")
@@ -643,19 +613,17 @@ class Corpus:
             self.tokens = np.memmap(path, dict(uint16=np.uint16, uint32=np.uint32)[self.meta["dtype"]], "r")  # ValueError: no whole number
             if len(self.tokens) != self.meta.get("tokens", {}).get(split, len(self.tokens)):
                 raise ValueError("another number of tokens")
-            self.is_stream = self.meta["layout"] != "documents"  # one endless document
+            self.whole, self.is_stream = whole, self.meta["layout"] != "documents"  # a stream is one endless document
             self.ends = np.array([len(self.tokens)]) if self.is_stream else np.flatnonzero(self.tokens == self.eot) + 1
             self.N = block_size if self.is_stream else min(block_size, max(int(self.meta["longest"]), 2))
-            self.whole = False  # Cola DLM sets it: a row is all target, as the context is whatever is before a block
         except (OSError, *BROKEN) as e:
             raise UserError(f"{path} and meta.json do not fit ({type(e).__name__}: {e}); prepare them again") from None
         if len(self.tokens) < self.N or not len(self.ends):
             raise UserError(f"{path} has {len(self.tokens)} tokens, less than one row of {self.N}; prepare more text")
 
     def batch(self, rng, B, N, device="cpu", cut_words=True):
-        """B rows of N tokens. Each is cut in context and target at a place drawn anew: at the start (an empty
-        context), between tokens, or, in about one row of six, inside one, so that any prompt is in
-        distribution. unspecified: all of this. The paper cuts, and does not say where."""
+        """B rows of N tokens, each (if not whole) cut in context and target at a place drawn anew: at the start, between tokens or, in about
+        one row of six, inside one, so that any prompt is in distribution. unspecified: all of this. The paper cuts, and does not say where."""
         tokens, cuts, lengths = np.full((B, N), self.eot), np.zeros(B, int), np.zeros(B, int)
         for i in range(B):
             d = rng.integers(len(self.ends))
@@ -664,14 +632,15 @@ class Corpus:
             row = self.tokens[start : min(end, start + N + 4)].tolist()         # a few more, as cut_word may merge some
             if max(row) >= self.meta["vocab_size"]:
                 raise UserError(f"{self.path}: token {max(row)} is beyond its vocabulary of {self.meta['vocab_size']}")
-            cut = rng.integers(min(len(row), N)) if rng.random() > 0.1 else 0
+            cut = rng.integers(min(len(row), N)) if not self.whole and rng.random() > 0.1 else 0
             cut = max(cut, int(start > first and not self.is_stream))           # only a text's beginning follows nothing
             if cut_words and not self.whole and cut and rng.random() < 0.25:
                 row, cut = self.cut_word(row, cut, rng)
             lengths[i], cuts[i] = min(len(row), N), min(cut, N - 1)
             tokens[i, : lengths[i]] = row[:N]
-        segment = np.where((np.arange(N) < cuts[:, None]) & (not self.whole), CONTEXT, TARGET)
-        weight = np.where(np.arange(N) < lengths[:, None], 1, TAIL_WEIGHT).astype(np.float32)
+        is_context = np.arange(N) < cuts[:, None]                               # (B, N); if whole, at most the first token
+        segment = np.where(is_context & (not self.whole), CONTEXT, TARGET)
+        weight = np.where(np.arange(N) < lengths[:, None], 1, TAIL_WEIGHT).astype(np.float32) * ~(is_context & self.whole)
         return Batch(*map(torch.from_numpy, (tokens, segment, weight))).to(device)
 
     def fixed_batches(self, n, device, cut_words=True):

@@ -53,13 +53,13 @@ def begin_as_decoder(dit, vae):
 
 def main():
     config, cfg, stage = command_line(__doc__, DiTConfig, TrainConfig, Stage2, presets=PRESETS)
-    corpus, val = (Corpus(cfg.data, split, config.block_size) for split in ("train", "val"))
+    corpus, val = (Corpus(cfg.data, split, config.block_size, whole=config.latent_block > 0) for split in ("train", "val"))
     device, _ = pick_device(cfg.device)
     state = load_checkpoint(stage.vae or f"{cfg.out}/vae.pt", "vae", "python train_vae.py makes one", corpus.tokenizer)
     vae = model_from(TextVAE, VAEConfig, state).to(device).requires_grad_(False)
     config.vocab_size = corpus.meta["vocab_size"]
     config.block_size = corpus.N = val.N = min(corpus.N, vae.config.block_size)
-    config.channels, corpus.whole, val.whole = vae.config.channels, vae.config.causal, vae.config.causal
+    config.channels = vae.config.channels
     if vae.config.causal != (config.latent_block > 0):
         raise UserError(f"this VAE is {'' if vae.config.causal else 'not '}causal: " + ("give a --latent_block" if vae.config.causal else
                         f"--latent_block={config.latent_block} needs one of train_vae.py --causal"))
@@ -79,7 +79,7 @@ def main():
     @torch.no_grad()
     def evaluate(dit):
         tokens, segment, _ = rows
-        counted = rows.counted & (segment == TARGET)
+        counted = rows.counted & (segment == TARGET) & ((block > 0) | rows.counted[:, :1])  # as in flow_loss
         z_0 = vae.latents(tokens, segment)                                      # (B, N, C)
         strange = vae.latents(tokens[donor] if b else torch.where(segment == CONTEXT, tokens[donor], tokens), segment)
         mean = lambda x: weighted_mean(x.float(), counted).item()
@@ -94,7 +94,7 @@ def main():
                               noisy=mean(vae.read(noisy, segment) == tokens), predicted=mean(vae.read(predicted, segment) == tokens)))
             lines.append("{t:5.1f}{loss:9.4f}{shuffled:10.4f}{noisy:8.3f}{predicted:11.3f}".format(**table[-1]))
         prompts = [row[: n // 2 if b else cut].tolist()[: N // 2] for row, cut, n in zip(tokens[:4], cuts, lengths)]
-        for prompt, text in zip(prompts, continue_texts(vae, dit, prompts, 0 if b else N // 2, corpus.eot)):
+        for prompt, text in zip(prompts, continue_texts(vae, dit, prompts, 0 if b else N // 2, corpus.eot, cfg_scale=3.0 if config.context_drop else 1.0)):
             text = [i for i in text if i != corpus.eot]
             lines.append(f"  {corpus.encoding.decode(prompt)!r} -> {corpus.encoding.decode(text)!r}")
         tqdm.write("\n".join(lines))

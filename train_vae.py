@@ -28,9 +28,9 @@ class Stage1(Config):
 
 def main():
     config, cfg, stage = command_line(__doc__, VAEConfig, TrainConfig, Stage1, presets=PRESETS)
-    corpus, val = (Corpus(cfg.data, split, config.block_size) for split in ("train", "val"))
+    corpus, val = (Corpus(cfg.data, split, config.block_size, whole=config.causal) for split in ("train", "val"))
     device, autocast = pick_device(cfg.device)
-    config.vocab_size, corpus.whole, val.whole = corpus.meta["vocab_size"], config.causal, config.causal
+    config.vocab_size = corpus.meta["vocab_size"]
     teacher, source = None, stage.teacher or f"{cfg.out}/gpt.pt"
     if source != "none":
         teacher, tokenizer = GPT.from_pretrained(source)

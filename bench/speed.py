@@ -10,6 +10,7 @@ matrix products. On a CPU all time in Corpus.batch is `waiting`; on a GPU it is 
 """
 
 import contextlib
+import ctypes
 import copy
 import importlib.util
 import json
@@ -54,11 +55,26 @@ class SpeedConfig(Config):
     out: str = option("out/speed.json", "file to write")
 
 
+def resident(what):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(what))
+
+
 def peak_memory(device):
     """Bytes: of the GPU's, or of this process (getrusage would begin with what its parent had)."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
+
+
+def memory_of(device, work):
+    """Bytes that work takes at most beyond what is in use before it (Linux with glibc, or a GPU)."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    else:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, and is not mistaken for memory in use
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        before = resident("VmRSS")
+    work()
+    return peak_memory(device) - before
 
 
 def wait_for(device):
@@ -309,16 +325,16 @@ def sampling(options, V):
                        "gpt, static cache": (lambda: cached_gpt(gpt, prompts, length, dtype, options.compile), length)}
             if theirs:
                 systems["gpt of transformers"] = lambda: theirs(prompts, length), length
-            seconds = {name: [] for name in systems}
+            seconds, memory = {name: [] for name in systems}, {}
             for i in range(options.rounds if device.type == "cuda" else min(options.rounds, 2)):
                 for name, (system, _) in systems.items():
-                    for _ in range(1 + (i == 0 and device.type == "cuda")):  # once more where something compiles
-                        took = seconds_of(device, system, autocast)
-                    seconds[name].append(took)
+                    if i == 0 and device.type == "cuda":  # where something compiles
+                        seconds_of(device, system, autocast)
+                    memory[name] = memory_of(device, lambda: seconds[name].append(seconds_of(device, system, autocast)))
             base = np.array(seconds["gpt, static cache"])
             for name, s in seconds.items():
                 rows.append(dict(system=name, prompts=B, new_tokens=length, seconds=float(np.median(s)), tokens_per_second=B * length / float(np.median(s)),
-                                 evaluations=systems[name][1], speed_over_gpt=float(np.median(base / np.array(s)))))
+                                 evaluations=systems[name][1], memory_mb=memory[name] / 2**20, speed_over_gpt=float(np.median(base / np.array(s)))))
     return rows
 
 
