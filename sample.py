@@ -151,8 +151,8 @@ def main():
             if options.gpt:
                 new = generate(gpt, some, options.length, eot, options.temperature, seed=seed)
             else:
-                new = continue_texts(vae, dit, some, options.length, eot, options.steps, options.cfg, options.temperature, seed,
-                                     trace if options.trace else stream if streams else None)
+                new = continue_texts(vae, dit, some, options.length, eot, seed, trace if options.trace else stream if streams else None,
+                                     steps=options.steps, cfg_scale=options.cfg, temperature=options.temperature)
         texts += [(show(ids), eot in ids) for ids in new]
     if options.output:
         write_whole(options.output, "".join(json.dumps(dict(line, text=text, ended=ended), ensure_ascii=False) + "\n"

@@ -13,12 +13,13 @@ Shapes   B rows in a batch      N tokens in a row           V tokens in the voca
 Time     t = 1 is noise and t = 0 is data, everywhere. The path between them is straight,
          z_t = (1 - t) z_0 + t eps, so its velocity is dz_t/dt = eps - z_0.
 Rows     hold two texts, a context, then the target that continues it (Corpus.batch makes them). `segment` (B, N) marks tokens
-         CONTEXT or TARGET, or, when sampling, PADDING, which nothing else sees, behind a row beside longer ones. A target that ends
+         CONTEXT or TARGET, or PADDING, which fills shorter rows in sampling and is hidden from all else. A target that ends
          before its row is followed by a tail of end-of-text tokens. `weight` (B, N) is 1 for the counted tokens, text up to
          and including its end-of-text, and TAIL_WEIGHT in the tail, which is trained lightly, so that samples stop. What
          stages 1 and 2 minimise (`loss`) is averaged by weight; what else they report is over counted tokens.
 Blocks   With --latent_block the DiT is Cola DLM's, one network with another layout of the row: a row is one text, cut in blocks, and each
          of them is a target whose context is all before it. The VAE is then causal, and sampling (continue_in_blocks) need not end.
+         (`block` is always one of latents. A layer of a Transformer is a Block, and block_size, nanoGPT's name, is the length of a row.)
 Latents  z are raw in TextVAE's forward, `posterior` and `decode`, and of mean 0 and std 1 per channel everywhere else.
 Tags     `unspecified:` the paper is silent and the choice is ours.   `deviation:` we do otherwise.
 [TextLDM] Jiang et al. 2026, arXiv 2605.07748   [VAE] Kingma, Welling 2013, 1312.6114    [CFG] Ho, Salimans 2022, 2207.12598
@@ -110,8 +111,8 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(n_embd, n_embd)
 
     def forward(self, x, position=None, mask=None, causal=False, memory=None, keep=0):
-        """memory (for blocks, part 5) is a list, empty or with keys and values (B, H, N_past, D) of what was read before; x sees them
-        too. With keep > 0 those of x join them, and the last `keep` remain."""
+        """memory, for Cola DLM's history, is [] or [keys, values] (B, H, N_past, D) of earlier tokens, which x sees too. keep > 0: those
+        of x are appended, in place, and the last `keep` remain."""
         B, N, E = x.shape
         qkv = self.c_attn(x).view(B, N, 3, self.n_head, E // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, N, D)
         q, k, v = *(qkv[:2] if position is None else rotate(qkv[:2], position)), qkv[2]  # (B, H, N, D) each
@@ -138,7 +139,7 @@ class Block(nn.Module):
         if self.adaln is None:
             x = x + self.attn(self.ln_1(x), **attention)
             return x + self.mlp(self.ln_2(x))
-        six = self.adaln(time_emb)[:, when]                                     # (B, N or 1, 6 E): token i has time number when[i] of its row
+        six = self.adaln(time_emb)[:, when]                                     # (B, N or 1, 6 E): token i is at time t[:, when[i]]
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = six.chunk(6, dim=-1)  # (B, N or 1, E) each
         x = x + gate_1 * self.attn(self.ln_1(x) * (1 + scale_1) + shift_1, **attention)
         return x + gate_2 * self.mlp(self.ln_2(x) * (1 + scale_2) + shift_2)
@@ -315,8 +316,7 @@ class TextVAE(nn.Module):
         ce = cross_entropy(logits, tokens)                                      # (B, N)
         # KL of a diagonal Gaussian from the standard one (appendix B of [VAE]), summed over channels
         kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(-1)            # (B, N)
-        student = mu if self.config.repa_latents else h
-        cos = torch.zeros_like(ce) if features is None else self.alignment(student, features)  # (B, N)
+        cos = torch.zeros_like(ce) if features is None else self.alignment(mu if self.config.repa_latents else h, features)  # (B, N)
         loss = ce + (self.config.beta if beta is None else beta) * kl - self.config.repa * cos
         report = dict(ce=ce, kl=kl, cos=cos, accuracy=(logits.argmax(-1) == tokens).float())
         return {k: weighted_mean(x.detach(), batch.counted) for k, x in report.items()} | dict(loss=weighted_mean(loss, weight))
@@ -335,7 +335,7 @@ class TextVAE(nn.Module):
         are means, for targets as for contexts; samples would give the targets noise that nothing can predict."""
         return (self.posterior(tokens, segment)[0] - self.z_mean) / self.z_std
 
-    def read(self, z, segment):
+    def to_tokens(self, z, segment):
         """Standardised latents z (B, N, C) -> tokens (B, N), the likeliest."""
         return self.decode(z * self.z_std + self.z_mean, segment).argmax(-1)
 
@@ -355,7 +355,7 @@ class DiTConfig(TrunkConfig):
 
 def who_sees_whom(segment, block):
     """Cola DLM's mask (N, N), query by key, for the segment and the block of each token, (N,) each. A token sees the clean tokens of earlier
-    blocks and, in its own block, those of its kind, clean or noisy. So no noisy block sees the clean tokens that it is to become.
+    blocks and, in its own, clean sees clean and noisy sees noisy. So no noisy block sees the clean tokens that it is to become.
 
         block        0 1 2   0 1 2
         clean    0   x . .   . . .
@@ -408,7 +408,7 @@ class TextDiT(nn.Module):
         return self.to_output(h[:, -last:]).float()
 
     def estimate(self, output, x, t, temperature=1.0):
-        """The clean latents E[z_0 | x] (B, N, C) that forward's output for x (B, N, C) at times t (B, N or 1) amounts to. A temperature below 1
+        """The clean latents, E[z_0 | x] (B, N, C), from forward's output for x (B, N, C) at times t (B, N or 1). A temperature below 1
         makes them those of likelier tokens, if it predicts tokens."""
         if not self.config.predict_tokens:
             return x - t[..., None] * output                                    # where the path ends if it is straight
@@ -426,18 +426,19 @@ def logit_normal(u, config):
 
 
 def denoising_loss(dit, z_0, context, tokens, segment, t, eps, block, n_guess=0):
-    """The loss (B, N), to be averaged over targets, for what flow_loss draws: latents z_0 and noise eps (B, N, C), the tokens (B, N), the
-    block (N,) of each token, times t (B, M) of the M blocks; context (B, N, C) is z_0, or zeros in rows where it is dropped. The loss is
-    cross-entropy or, of velocities, flow matching's squared error (Eq. 5 of [TextLDM]). Self-conditioning [AB]: a sample is told what the step
-    before estimated; in training the first n_guess rows are told what a first pass estimates. Returns also what `estimate` takes."""
+    """The loss (B, N) of each token as a target: cross-entropy or, of velocities, flow matching's squared error (Eq. 5 of [TextLDM]). For
+    latents z_0 and noise eps (B, N, C), tokens and segment (B, N), the block (N,) of each token, times t (B, M) of the M blocks; context
+    (B, N, C) is z_0, or zeros in rows where it is dropped. Self-conditioning [AB]: a sample is told what the step before estimated; in training the
+    first n_guess rows are told what a first pass estimates. Returns also what `estimate` takes: output, z_t and its times (B, N)."""
     (B, N, _), at = z_0.shape, t[:, block]                                      # (B, N)
     z_t = (1 - at[..., None]) * z_0 + at[..., None] * eps                       # (B, N, C)
-    x, more = torch.where((segment == TARGET)[..., None], z_t, context), {}     # (B, N, C)
-    if dit.config.latent_block:  # Cola DLM reads a row twice at once, [clean ; noisy], so that each block is a target with its clean history
-        kind, twice = torch.tensor((CONTEXT, TARGET), device=x.device).repeat_interleave(N), block.repeat(2)  # (2 N,) each
-        x, segment, t = torch.cat((context, z_t), dim=1), kind.expand(B, -1), F.pad(t, (1, 0))  # (B, 2 N, C), (B, 2 N), (B, 1 + M)
-        more = dict(when=torch.where(kind == TARGET, 1 + twice, 0),             # (2 N,): clean tokens are at t = 0, noisy ones at their block's
-                    mask=who_sees_whom(kind, twice), position=torch.arange(N, device=x.device).repeat(2), last=N)
+    if not dit.config.latent_block:
+        x, more = torch.where((segment == TARGET)[..., None], z_t, context), {}  # (B, N, C)
+    else:  # Cola DLM takes a row twice at once, [clean ; noisy], so that each block is a target with its clean history
+        side, twice = torch.tensor((CONTEXT, TARGET), device=z_t.device).repeat_interleave(N), block.repeat(2)  # (2 N,) each
+        x, segment, t = torch.cat((context, z_t), dim=1), side.expand(B, -1), F.pad(t, (1, 0))  # (B, 2 N, C), (B, 2 N), (B, 1 + M)
+        more = dict(when=torch.where(side == TARGET, 1 + twice, 0),             # (2 N,): clean tokens are at t = 0, noisy ones at their block's
+                    mask=who_sees_whom(side, twice), position=torch.arange(N, device=x.device).repeat(2), last=N)
     guess = torch.zeros_like(x)
     if dit.config.self_condition and n_guess:
         with torch.no_grad():
@@ -454,7 +455,7 @@ def flow_loss(dit, vae, batch, generator):
     z_0 = vae.latents(batch.tokens, batch.segment)                              # (B, N, C)
     (B, N, _), b, device = z_0.shape, dit.config.latent_block, z_0.device
     block = torch.zeros(N, dtype=torch.long, device=device)                     # TextLDM: a row has one target and one time
-    if b:  # the first block is cut short at random, as a prompt of any length is to end with a block
+    if b:  # the first block is cut short at random: in sampling, blocks are counted from a prompt's end
         block = (torch.arange(N, device=device) + torch.randint(b, (), generator=generator, device=device)) // b
     u = torch.rand(2 + int(block[-1]), B, generator=generator, device=device)   # (M + 1, B)
     eps = torch.randn(z_0.shape, generator=generator, device=device)
@@ -467,8 +468,8 @@ def flow_loss(dit, vae, batch, generator):
 
 
 def guided_estimate(dit, z, t, guess, context, segment, mask, cfg_scale, temperature=1.0, **more):
-    """e_u + w (e_c - e_u) [CFG], of the estimates of z_0 with and without the context (B, N, C), for noisy latents z (B, N, C) at time t
-    and the estimate before, guess (B, N, C). To guide estimates is to guide velocities, (z - e) / t. w = 1 needs one of the two only."""
+    """e_u + w (e_c - e_u) [CFG], of the estimates of z_0 with and without the context (B, N, C), for noisy latents z (B, N, C) at time t;
+    both are told the same guess, guided (B, N, C), of the step before. To guide estimates is to guide velocities, (z - e) / t. w = 1 needs e_c only."""
     is_target, t = (segment == TARGET)[..., None], t.expand(len(z), 1)          # (B, N, 1), (B, 1)
     x = torch.where(is_target, z, context)                                      # (B, N, C)
     if cfg_scale == 1:
@@ -491,7 +492,7 @@ def euler(estimate, z, times, callback=None):
     return z
 
 
-def denoise(dit, z, context, segment, mask, steps, cfg_scale, temperature, callback=None, **more):
+def denoise(dit, z, context, segment, mask, callback=None, steps=20, cfg_scale=3.0, temperature=0.7, **more):
     """From noise z (B, N, C) to the latents of the targets; `more`, of blocks, is for the DiT."""
     times = logit_normal(torch.linspace(1, 0, steps + 1), dit.config).to(z.device)
     estimate = lambda z, t, guess: guided_estimate(dit, z, t, guess, context, segment, mask, cfg_scale, temperature, **more)
@@ -514,60 +515,56 @@ def texts_of(tokens, segment, eot):
 
 
 @torch.no_grad()
-def continue_texts(vae, dit, prompts, length, eot, steps=20, cfg_scale=3.0, temperature=0.7, seed=0, callback=None):
-    """Continues each prompt (ids, maybe none) by up to `length` tokens, or to the end of a training row. Returns
-    lists of ids, with `eot` where the text ended. callback(t, texts) sees the text that each step points to."""
+def continue_texts(vae, dit, prompts, length, eot, seed=0, callback=None, **how):
+    """Continues each prompt (ids, maybe none) by up to `length` tokens, or to the end of a training row. Returns lists of ids, with `eot`
+    where the text ended. callback(t, texts) sees the text that each step points to; how: steps, cfg_scale, temperature, as in denoise."""
     if dit.config.latent_block:
-        return continue_in_blocks(vae, dit, prompts, length, eot, steps, cfg_scale, temperature, seed, callback)
+        return continue_in_blocks(vae, dit, prompts, length, eot, seed, callback, **how)
     tokens, segment = rows_of(prompts, length, dit.config.block_size, eot)     # (B, N) each
     (B, N), generator = tokens.shape, torch.Generator().manual_seed(seed)
     # noise of whole rows, from the CPU: the same on any device and beside neighbours of any length
     z = torch.randn(B, max(N, dit.config.block_size), vae.config.channels, generator=generator)[:, :N]  # (B, N, C)
     tokens, segment, z = (x.to(vae.z_mean.device) for x in (tokens, segment, z))
-    texts = lambda z: texts_of(vae.read(z, segment), segment, eot)
-    context = vae.latents(tokens, segment)                                      # (B, N, C); the targets' are of end-of-texts, and not read
+    texts = lambda z: texts_of(vae.to_tokens(z, segment), segment, eot)
+    context = vae.latents(tokens, segment)                                      # (B, N, C); the targets' are of end-of-texts, and not used
     mask = (segment != PADDING)[:, None, None]                                  # (B, 1, 1, N)
-    return texts(denoise(dit, z, context, segment, mask, steps, cfg_scale, temperature,
-                         callback and (lambda t, z_0: callback(float(t), texts(z_0)))))
+    return texts(denoise(dit, z, context, segment, mask, callback and (lambda t, z_0: callback(float(t), texts(z_0))), **how))
 
 
-@torch.no_grad()
-def continue_in_blocks(vae, dit, prompts, length, eot, steps, cfg_scale, temperature, seed, callback=None):
-    """As continue_texts, with Cola DLM: block after block. Each is encoded as the prompt was, and the DiT reads it once: its keys and values
-    are kept, those of the last block_size - b tokens, so that text of any length takes the same memory. Where a length is given, so many
-    tokens are written. unspecified: behind an end-of-text another document begins, with the next block, and sees nothing before it.
-    callback(0, texts) sees after each block what is written, which never changes."""
-    b, device, guided = dit.config.latent_block, vae.z_mean.device, cfg_scale != 1
-    window = dit.config.block_size - b                                          # how many tokens before a block are seen from it
-    end = unread = P = min(window, max(map(len, prompts)))                      # end: where the next block begins
+def continue_in_blocks(vae, dit, prompts, length, eot, seed, callback, **how):
+    """As continue_texts, with Cola DLM. In a loop the VAE encodes the last tokens, the DiT takes the new ones into `memory`, its keys and values
+    of the `window` tokens that a block sees (so text of any length takes the same memory), and a block is denoised and decoded. A length is
+    written in full. unspecified: behind an end-of-text the next block begins a document, with nothing before it; and the oldest keys know of
+    tokens that have left the window, which no row of training has. callback(0, texts) sees after each block what is written, for good."""
+    b, device, guided = dit.config.latent_block, vae.z_mean.device, how.get("cfg_scale") != 1  # denoise guides by default
+    window = dit.config.block_size - b
+    P = min(window, max(map(len, prompts)))
     tokens = torch.tensor([[eot] * (P - len(x)) + x[max(len(x) - P, 0) :] for x in prompts], dtype=torch.long, device=device)  # (B, P)
-    begin = torch.tensor([[max(P - len(x), 0)] for x in prompts], device=device)  # (B, 1): behind padding, later behind an earlier document
+    begin = torch.tensor([[max(P - len(x), 0)] for x in prompts], device=device)  # (B, 1): where a row's document begins, behind padding
     generators, memory = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))], [[] for _ in dit.trunk.h]
     texts, rooms = [[] for _ in prompts], [length or dit.config.block_size - len(prompt) for prompt in prompts]
     is_done = lambda text, room: len(text) >= room or not length and eot in text
+    end, new = P, P                                                             # the block begins at `end`; so many tokens are not in memory
     while not all(map(is_done, texts, rooms)):
-        # Read what is new; for guidance also as if it were nothing, in the last B of 2 B rows
-        place = torch.arange(end - tokens.shape[1], end, device=device)         # (P,)
-        seen = place >= begin                                                   # (B, P)
-        clean = vae.latents(tokens, seen)                                       # (B, P, C)
-        if unread:
-            x = torch.cat((clean, 0 * clean) if guided else (clean,))[:, -unread:]  # (B or 2 B, unread, C)
-            mask = who_sees_whom(torch.full_like(place, CONTEXT), (place - end) // b) & same_segment(seen)  # (B, 1, P, P)
+        place = torch.arange(end - tokens.shape[1], end, device=device)         # (L,): of the L tokens before the block
+        inside = place >= begin                                                 # (B, L): the document, which to the VAE is one segment, and the rest another
+        clean = vae.latents(tokens, inside)                                     # (B, L, C)
+        if new:  # for guidance rows B to 2 B have zeros for a history
+            x = torch.cat((clean, 0 * clean) if guided else (clean,))[:, -new:]  # (B or 2 B, new, C)
+            mask = who_sees_whom(torch.full_like(place, CONTEXT), (place - end) // b) & same_segment(inside)  # (B, 1, L, L)
             dit(x, torch.full(x.shape[:2], CONTEXT, device=device), x.new_zeros(len(x), 1), torch.zeros_like(x),
-                mask[:, :, -unread:].repeat(1 + guided, 1, 1, 1), last=1,       # for what it remembers, not for its output
-                position=place[-unread:], memory=memory, keep=window)
-        # Write a block
-        clean, seen = clean[:, -window:], F.pad(seen[:, -window:], (0, b), value=True)  # (B, P, C), (B, P + b)
+                mask[:, :, -new:].repeat(1 + guided, 1, 1, 1), last=1, position=place[-new:], memory=memory, keep=window)  # for its memory alone
+        clean, inside = clean[:, -window:], F.pad(inside[:, -window:], (0, b), value=True)  # (B, L, C), (B, L + b), of a shorter L
         z = torch.stack([torch.randn(b, clean.shape[-1], generator=g) for g in generators]).to(device)  # (B, b, C)
-        z = denoise(dit, z, torch.zeros_like(z), torch.full(z.shape[:2], TARGET, device=device), same_segment(seen)[:, :, -b:],
-                    steps, cfg_scale, temperature, position=torch.arange(end, end + b, device=device), memory=memory)
-        new = vae.read(torch.cat((clean, z), dim=1), seen)[:, -b:]              # (B, b)
-        for text, room, row in zip(texts, rooms, texts_of(new, torch.full_like(new, TARGET), eot)):
+        z = denoise(dit, z, torch.zeros_like(z), torch.full(z.shape[:2], TARGET, device=device), same_segment(inside)[:, :, -b:],
+                    position=torch.arange(end, end + b, device=device), memory=memory, **how)
+        written = vae.to_tokens(torch.cat((clean, z), dim=1), inside)[:, -b:]   # (B, b)
+        for text, room, row in zip(texts, rooms, texts_of(written, torch.full_like(written, TARGET), eot)):
             text += row[: 0 if is_done(text, room) else room - len(text)]
         if callback is not None:
             callback(0.0, texts)
-        tokens, end, unread = torch.cat((tokens[:, -window:], new), dim=1), end + b, b
-        begin = torch.where((new == eot).any(dim=1, keepdim=True), end, begin)
+        tokens, end, new = torch.cat((tokens[:, -window:], written), dim=1), end + b, b
+        begin = begin.where((written != eot).all(dim=1, keepdim=True), end)     # another document begins with the next block
     return texts
 
 
@@ -597,8 +594,8 @@ def load_encoding(tokenizer, source="the checkpoint and its tokenizer"):
 
 
 class Corpus:
-    """A memmap of tokens that data/prepare.py (or nanoGPT) wrote. A row of up to N is a document, where meta.json
-    says so, or else a window, in which attention and loss cross end-of-text tokens freely. whole: rows are all target, for Cola DLM."""
+    """A memmap of tokens that data/prepare.py (or nanoGPT) wrote. A row of up to N tokens is one document's, where meta.json says so,
+    or is cut from the stream of all, and attention and loss cross end-of-texts freely. whole: rows are all target, for Cola DLM."""
 
     def __init__(self, folder, split, block_size, whole=False):
         self.path = path = Path(folder) / f"{split}.bin"
@@ -794,7 +791,7 @@ class Objective(nn.ModuleDict):  # a loss as the forward of a module, for Distri
 
 def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=True, ema=False, **extra):
     """The loop of all stages. loss_of(net, batch, generator, step) and evaluate(model) return dicts with `loss`, the latter on
-    val; weight_of(batch) is the weight over which its terms are a mean; extra is what else a resumed run must share. Writes STAGE.pt (best
+    val; weight_of(batch) is the sum of the weights that `loss` is a mean by; extra is what else a resumed run must share. Writes STAGE.pt (best
     by val; of averaged weights with `ema`), STAGE_last.pt and STAGE.jsonl. All randomness comes from (seed, step, micro-batch): there
     is no state of it to save, and under torchrun K processes of A micro-batches each compute what one with K A does."""
     (device, autocast), out = pick_device(cfg.device), Path(cfg.out)

@@ -91,10 +91,11 @@ def main():
             predicted = dit.estimate(*of)
             noisy = z_0 + t / (1 - t) * eps                                     # z_t / (1 - t)
             table.append(dict(t=round(t.item(), 1), loss=mean(loss), shuffled=mean(shuffled),
-                              noisy=mean(vae.read(noisy, segment) == tokens), predicted=mean(vae.read(predicted, segment) == tokens)))
+                              noisy=mean(vae.to_tokens(noisy, segment) == tokens), predicted=mean(vae.to_tokens(predicted, segment) == tokens)))
             lines.append("{t:5.1f}{loss:9.4f}{shuffled:10.4f}{noisy:8.3f}{predicted:11.3f}".format(**table[-1]))
         prompts = [row[: n // 2 if b else cut].tolist()[: N // 2] for row, cut, n in zip(tokens[:4], cuts, lengths)]
-        for prompt, text in zip(prompts, continue_texts(vae, dit, prompts, 0 if b else N // 2, corpus.eot, cfg_scale=3.0 if config.context_drop else 1.0)):
+        scale = 3.0 if config.context_drop else 1.0
+        for prompt, text in zip(prompts, continue_texts(vae, dit, prompts, 0 if b else N // 2, corpus.eot, cfg_scale=scale)):
             text = [i for i in text if i != corpus.eot]
             lines.append(f"  {corpus.encoding.decode(prompt)!r} -> {corpus.encoding.decode(text)!r}")
         tqdm.write("\n".join(lines))

@@ -169,7 +169,7 @@ def make_system(kind, path, options, corpus, device):
 
         def write(lines, knob, seed):
             steps, scale = int(knob["steps"]), knob["cfg"]
-            rows = continue_texts(vae, dit, [b["ids"] for b in lines], 0, eot, steps, scale, knob.get("temperature", 1.0), seed)
+            rows = continue_texts(vae, dit, [b["ids"] for b in lines], 0, eot, seed, steps=steps, cfg_scale=scale, temperature=knob.get("temperature", 1.0))
             b = dit.config.latent_block
             blocks = sum(math.ceil(len(row) / b) for row in rows) / len(rows) if b else 1
             return decode(rows), steps * (1 if scale == 1 else 2) * blocks

@@ -319,7 +319,7 @@ def sampling(options, V):
     for B in batches:
         prompts = torch.randint(0, V - 1, (B, 256), device=device)
         for length in lengths:
-            ours = lambda vae, dit, steps: lambda: continue_texts(vae, dit, prompts.tolist(), length, V - 1, steps)
+            ours = lambda vae, dit, steps: lambda: continue_texts(vae, dit, prompts.tolist(), length, V - 1, steps=steps)
             systems = {"textldm, 50 steps": (ours(vae, dit, 50), 50), "textldm, 20 steps": (ours(vae, dit, 20), 20),  # and evaluations
                        **{f"blocks of {b}, 20 steps": (ours(causal, blocks[b], 20), 20 * math.ceil(length / b)) for b in blocks},
                        "gpt, static cache": (lambda: cached_gpt(gpt, prompts, length, dtype, options.compile), length)}
