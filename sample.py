@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from textldm import (GPT, Config, DiTConfig, TextDiT, TextVAE, UserError, VAEConfig, command_line, continue_texts,
+from textldm import (GPT, LDLM, Config, DiTConfig, JointConfig, TextDiT, TextVAE, UserError, VAEConfig, command_line, continue_texts,
                      load_checkpoint, load_encoding, model_from, option, pick_device, run, write_whole)
 
 
@@ -43,6 +43,9 @@ class SampleConfig(Config):
 def load_models(options, device):
     """(vae, dit, tokenizer) of matching checkpoints."""
     paths = options.vae or f"{options.out}/vae.pt", options.dit or f"{options.out}/dit.pt"
+    if not options.vae and Path(paths[1]).is_file() and "joint" in (d := load_checkpoint(paths[1], "dit", "")):  # LDLM: all in one
+        ldlm = model_from(LDLM, JointConfig, d).to(device)
+        return ldlm, ldlm.dit, d["tokenizer"]
     v = load_checkpoint(paths[0], "vae", "python train_vae.py makes one")
     d = load_checkpoint(paths[1], "dit", "python train_dit.py makes one", v.get("tokenizer"))
     vae, dit = model_from(TextVAE, VAEConfig, v), model_from(TextDiT, DiTConfig, d)

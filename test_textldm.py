@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ import train_dit
 import train_vae
 from sample import generate
 from textldm import (CONTEXT, GPT, PADDING, TARGET, Batch, Corpus, DiTConfig, TextDiT, TextVAE, TrunkConfig, UserError, VAEConfig,
-                     continue_texts, denoising_loss, euler, flow_loss, guided_estimate, load_checkpoint, logit_normal, teacher_features,
+                     continue_texts, denoising_loss, euler, flow_loss, guided_estimate, load_checkpoint, teacher_features, times_of,
                      write_whole)
 
 ROOT = Path(__file__).parent
@@ -69,8 +70,9 @@ def dit(request):
 
 
 @pytest.fixture(autouse=True)
-def signals():
-    """Training takes over Ctrl-C and SIGTERM; a test gives them back."""
+def alone():
+    """Each test has the same luck, whichever ran before it. Training takes over Ctrl-C and SIGTERM; a test gives them back."""
+    torch.manual_seed(0)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     yield
     for s, handler in handlers.items():
@@ -79,6 +81,10 @@ def signals():
 
 def all_of(z):  # the mask that hides nothing
     return torch.ones(len(z), 1, 1, 1, dtype=torch.bool)
+
+
+def loss_on(dit, vae, batch, seed):
+    return flow_loss(dit, vae.latents(batch.tokens, batch.segment), batch, torch.Generator().manual_seed(seed))
 
 
 def script(path, *arguments):
@@ -162,7 +168,7 @@ def test_a_dropped_context_is_not_seen(vae, dit, drop):
     other = torch.where((batch.segment == CONTEXT)[..., None], torch.randn(4, N, C), z_0)
     losses = []
     for vae.latents in (lambda *_: z_0, lambda *_: other):
-        losses.append(flow_loss(dit, vae, batch, torch.Generator().manual_seed(0))["loss"])
+        losses.append(loss_on(dit, vae, batch, 0))
     assert torch.equal(*losses) == (drop == 1)
 
 
@@ -299,7 +305,7 @@ def test_recomputed_blocks_give_the_same_gradients(vae, dit):
         dit.trunk.recompute, calls = recompute, []
         hook = dit.trunk.h[0].register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
         dit.zero_grad()
-        flow_loss(dit, vae, make_batch(), torch.Generator().manual_seed(0))["loss"].backward()
+        loss_on(dit, vae, make_batch(), 0).backward()
         hook.remove()
         found.append((calls, [p.grad for p in dit.parameters()]))
     (once, a), (twice, b) = found
@@ -310,17 +316,17 @@ def test_recomputed_blocks_give_the_same_gradients(vae, dit):
 def test_flow_loss_learns_from_targets_alone(vae, dit):
     """The gradient does not depend on what is asked of context positions."""
     batch = make_batch()
-    loss = flow_loss(dit, vae, batch, torch.Generator().manual_seed(0))
+    loss = loss_on(dit, vae, batch, 0)
     all_context = batch._replace(weight=torch.where(batch.segment == CONTEXT, 100.0, batch.weight))
-    assert torch.equal(flow_loss(dit, vae, all_context, torch.Generator().manual_seed(0))["loss"], loss["loss"])
+    assert torch.equal(loss_on(dit, vae, all_context, 0), loss)
     more_tail = batch._replace(weight=torch.where((batch.segment == TARGET) & (batch.weight < 1), 1.0, batch.weight))
-    assert not torch.equal(flow_loss(dit, vae, more_tail, torch.Generator().manual_seed(0))["loss"], loss["loss"])
+    assert not torch.equal(loss_on(dit, vae, more_tail, 0), loss)
 
 
 def test_every_parameter_learns_in_bf16(vae, dit):
     """Also where the estimate for self-conditioning is made without gradients, in the same autocast."""
     with torch.autocast("cpu", torch.bfloat16):
-        flow_loss(dit, vae, make_batch(), torch.Generator().manual_seed(0))["loss"].backward()
+        loss_on(dit, vae, make_batch(), 0).backward()
     assert not [k for k, p in dit.named_parameters() if p.grad is None or not p.grad.any()]
 
 
@@ -329,10 +335,10 @@ def test_a_posterior_learns_the_cross_entropy_of_targets(vae):
     dit = randomise(TextDiT(DiTConfig(**SMALL, vocab_size=V, channels=C)), scale=0.1)
     forward = dit.forward
     dit.forward = lambda *x: seen.append(forward(*x)) or seen[-1]
-    loss = flow_loss(dit, vae, batch, torch.Generator().manual_seed(0))
+    loss = loss_on(dit, vae, batch, 0)
     weight = batch.weight * (batch.segment == TARGET)
     nll = -seen[-1].log_softmax(-1).gather(-1, batch.tokens[..., None])[..., 0]
-    assert loss["loss"].item() == pytest.approx(((nll * weight).sum() / weight.sum()).item(), rel=1e-5)
+    assert loss.item() == pytest.approx(((nll * weight).sum() / weight.sum()).item(), rel=1e-5)
 
 
 def test_an_exact_posterior_samples_tokens_as_often_as_they_are():
@@ -389,7 +395,7 @@ def test_guidance_scale_1_is_the_conditional_model_and_0_the_unconditional(dit):
 def test_euler_integrates_a_constant_velocity_exactly():
     v, z = torch.randn(2, N, C), torch.randn(2, N, C)
     for steps in (1, 7, 50):
-        times = logit_normal(torch.linspace(1, 0, steps + 1), DiTConfig())
+        times = times_of(torch.linspace(1, 0, steps + 1), TextDiT(DiTConfig(**SMALL, channels=C)))
         assert times[0] == 1 and times[-1] == 0 and (times.diff() < 0).all()
         assert torch.allclose(euler(lambda z, t, guess: z - t * v, z, times), z - v, atol=1e-5)
 
@@ -406,15 +412,14 @@ def test_euler_error_halves_when_steps_double():
 
     estimate, errors = lambda z, t, guess: z - t * velocity(z, t), []
     for steps in (50, 100, 200, 400):
-        times = logit_normal(torch.linspace(1, 0, steps + 1), DiTConfig(t_mean=0.0, t_std=1.5)).double()
+        times = times_of(torch.linspace(1, 0, steps + 1), TextDiT(DiTConfig(**SMALL, channels=C, t_mean=0.0, t_std=1.5))).double()
         errors.append((euler(estimate, eps, times) - (m + s * eps)).abs().max().item())
     ratios = [a / b for a, b in zip(errors, errors[1:])]
     assert errors[0] < 0.1 and all(1.6 < r < 2.4 for r in ratios), (errors, ratios)
 
 
 def test_sampling_grid_follows_the_training_times():
-    config = DiTConfig(t_mean=0.8, t_std=0.7)
-    times = logit_normal(torch.linspace(1, 0, 101), config)[1:-1]
+    times = times_of(torch.linspace(1, 0, 101), TextDiT(DiTConfig(**SMALL, channels=C, t_mean=0.8, t_std=0.7)))[1:-1]
     logits = (torch.logit(times.double()) - 0.8) / 0.7
     assert torch.allclose(logits, torch.special.ndtri(torch.linspace(1, 0, 101).double())[1:-1], atol=1e-3)
 
@@ -480,10 +485,10 @@ def test_rows_from_the_middle_do_not_teach_how_texts_begin(cola, tmp_path):
     some = whole._replace(weight=whole.weight.masked_fill(cut_off[:, None] & (torch.arange(N) == 0), 0))
     forward = dit.forward
     dit.forward = lambda *x, **more: seen.append((forward(*x, **more), more)) or seen[-1][0]
-    flow_loss(dit, vae, some, torch.Generator().manual_seed(1))
+    loss_on(dit, vae, some, 1)
     output, block = seen[-1][0].detach().requires_grad_(), (seen[-1][1]["when"][N:] - 1)
     dit.forward = lambda *x, **more: output[: len(x[0])]
-    gradient, = torch.autograd.grad(flow_loss(dit, vae, some, torch.Generator().manual_seed(1))["loss"], output)
+    gradient, = torch.autograd.grad(loss_on(dit, vae, some, 1), output)
     assert (block == 0).sum() > 1
     assert torch.equal(gradient.abs().sum(-1) > 0, ~(cut_off[:, None] & (block == 0)))
     # and Corpus marks such rows, and no other
@@ -859,6 +864,116 @@ def test_masked_diffusion_counts_every_token_once_and_draws_what_the_model_says(
     scores = torch.rand(V).log()  # what is not masked is seen: the second half of the target repeats what the model was shown
     model.forward = lambda tokens, masked, mask: torch.where(masked[..., None], scores, torch.nn.functional.one_hot(tokens, V) * 99.0)
     assert unmask(model, [[1, 2]], 3, EOT, steps=4, temperature=0.0) == [[scores.argmax().item()] * 3]
+
+
+# LDLM: latents learned together with the DiT
+
+def ldlm(**options):
+    torch.manual_seed(0)
+    config = textldm.JointConfig(**SMALL, block_size=N, vocab_size=V, channels=8, coder_layers=1, teacher_layers=3, teacher_heads=2, teacher_embd=16,
+                                  predict_latents=True, adaptive_times=True, **options)
+    model = randomise(textldm.LDLM(config), scale=0.1)
+    model.teacher.requires_grad_(False)
+    return model
+
+
+def gradients(model, step=0, change=lambda model: None):
+    change(model)
+    model.zero_grad()
+    textldm.joint_loss(model, make_batch(), torch.Generator().manual_seed(3), step)["loss"].backward()
+    return {k: p.grad.clone() for k, p in model.named_parameters() if p.requires_grad}
+
+
+def test_gamma_scales_what_diffusion_tells_the_encoder_and_nothing_else():
+    shut, open_, half = gradients(ldlm(encoder_warmup=100), -(10**6)), gradients(ldlm(encoder_warmup=0)), gradients(ldlm(encoder_warmup=100), 80)
+    encoder = [k for k in half if k.startswith("encoder.")]
+    assert len(encoder) > 10 and any(not torch.allclose(shut[k], open_[k], rtol=1e-3) for k in encoder)
+    for k in half:
+        if k in encoder:
+            assert torch.allclose(half[k], (shut[k] + open_[k]) / 2, atol=1e-6), k  # the middle of the sigmoid is at 0.8 of the warm-up
+        else:
+            assert torch.equal(shut[k], open_[k]) and torch.equal(half[k], open_[k]), k
+    assert not any(k.startswith("teacher.") for k in half)
+
+
+def test_tokens_do_not_shape_the_latents_where_hidden_states_do():
+    other = lambda model: randomise(model.token_decoder, scale=1.0)
+    for mse in (True, False):
+        a, b = gradients(ldlm(hidden_mse=mse)), gradients(ldlm(hidden_mse=mse), change=other)
+        kept = {k: torch.equal(a[k], b[k]) for k in a if not k.startswith("token_decoder.")}
+        assert all(kept.values()) if mse else not kept["encoder.first.weight"] and not kept["decoder.last.weight"]
+
+
+def test_noise_is_of_the_decoder_alone_and_normalised_latents_cannot_outgrow_it():
+    model = ldlm(decoder_noise=0.0)
+    batch = make_batch()
+    z = model.latents(batch.tokens, batch.segment)
+    assert z.mean(-1).abs().max() < 1e-5 and (z.square().mean(-1) - 1).abs().max() < 1e-3
+    model.encoder.last.weight.data *= 100
+    model.encoder.last.bias.data *= 100
+    assert torch.allclose(model.latents(batch.tokens, batch.segment), z, atol=1e-4)
+    losses = [textldm.joint_loss(ldlm(decoder_noise=x), batch, torch.Generator().manual_seed(3), 0) for x in (0.0, 3.0)]
+    assert torch.equal(losses[0]["diffusion"], losses[1]["diffusion"]) and not torch.equal(losses[0]["hidden"], losses[1]["hidden"])
+
+
+def test_adaptive_times_follow_the_loss():
+    """With a loss of t^2 the density of times is 2 t, but for the tenth that is even; and the running loss finds that profile by itself."""
+    model = ldlm()
+    dit, K = model.dit, len(model.dit.loss_at)
+    assert torch.allclose(times_of(torch.linspace(0, 1, 11), dit), torch.linspace(0, 1, 11), atol=1e-6), "before anything is known, even"
+    dit.loss_at.copy_((torch.arange(1, K + 1) / K) ** 2)
+    t = times_of(torch.rand(200_000), dit)
+    density = torch.histc(t, 10, 0, 1) / len(t) * 10
+    assert torch.allclose(density, 0.9 * 2 * (torch.arange(10) + 0.5) / 10 + 0.1, atol=0.03)
+    dit.loss_at.zero_()
+    real, batch = textldm.denoising_loss, Batch(*(x.repeat(16, 1) for x in make_batch()))
+    try:
+        textldm.denoising_loss = lambda dit, z_0, context, tokens, segment, t, eps, block, n_guess: (t[:, block] ** 2, None)
+        for i in range(400):
+            flow_loss(dit, torch.zeros(64, N, 8), batch, torch.Generator().manual_seed(i))
+    finally:
+        textldm.denoising_loss = real
+    error = (dit.loss_at - ((torch.arange(K) + 0.5) / K) ** 2).abs()
+    assert error.median() < 0.005 and error.max() < 0.1
+
+
+def test_without_self_conditioning_nothing_is_told(dit):
+    """A DiT with it, whose layer for the guess is zero, is the DiT without it."""
+    without = TextDiT(replace(dit.config, self_condition=False))
+    without.load_state_dict({k: v for k, v in dit.state_dict().items() if "from_guess" not in k})
+    dit.from_guess.weight.data.zero_()
+    z, batch = torch.randn(4, N, C), make_batch()
+    a, b = (flow_loss(net, z, batch, torch.Generator().manual_seed(0)) for net in (dit, without))
+    assert torch.equal(a, b)
+
+
+def test_joint_training_resumes_exactly_and_is_sampled_as_two_stages_are(home, tmp_path, monkeypatch, capsys):
+    def run(*more):
+        script("train_dit.py", "--joint", "--data", home / "data", "--out", tmp_path, "--teacher", home / "out/gpt.pt", "--channels=8", "--coder_layers=1",
+               "--max_steps=4", "--eval_interval=2", "--batch_size=8", "--device=cpu", *(f"--{k}={v}" for k, v in SMALL.items()), *more)
+    run()
+    whole, batch, calls = load_checkpoint(tmp_path / "dit_last.pt", "dit", ""), Corpus.batch, []
+    assert "latents: std per channel" in capsys.readouterr().out
+
+    def stop_at_the_third(self, rng, B, *rest, **more):
+        calls.append(B)
+        if calls.count(8) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch(self, rng, B, *rest, **more)
+
+    with monkeypatch.context() as m, pytest.raises(SystemExit, match="stopped after step 3"):
+        m.setattr(Corpus, "batch", stop_at_the_third)
+        run()
+    run("--resume")
+    again = load_checkpoint(tmp_path / "dit_last.pt", "dit", "")
+    assert again["step"] == 4 and whole["model"]["dit.loss_at"].any() and torch.equal(whole["average"]["dit.loss_at"], whole["model"]["dit.loss_at"])
+    assert all(torch.equal(whole[part][k], again[part][k]) for part in ("model", "average") for k in whole[part])
+    capsys.readouterr()
+    script("sample.py", "--out", tmp_path, "--prompt=ab", "--steps=2", "--device=cpu")
+    assert capsys.readouterr().out.startswith("ab|")
+    with pytest.raises(SystemExit):
+        run("--latent_block=4")
+    assert "do not go together" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ import os
 import signal
 import sys
 import zipfile
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +69,7 @@ class Batch(collections.namedtuple("Batch", "tokens segment weight")):          
 
 
 def option(default, help, low=None, high=None):
-    """A dataclass field with its reason and range; `command_line` (part 6) makes an option of it."""
+    """A dataclass field with its reason and range; `command_line` (part 7) makes an option of it."""
     return field(default=default, metadata=dict(help=help, low=low, high=high))
 
 
@@ -348,9 +348,11 @@ class DiTConfig(TrunkConfig):
     latent_block: int = option(0, "0: TextLDM, one target; more: Cola DLM, blocks of so many latents, each given all before it", 0, 2**15)
     context_drop: float = option(0.1, "share of rows trained without their context, for guidance (the paper's); if 0, sample with --cfg=1", 0, 1)
     predict_tokens: bool = option(True, "deviation: predict p(token), from which the velocity follows")
+    predict_latents: bool = option(False, "else, LDLM: predict clean latents; without either, the paper's: velocities")
     self_condition: bool = option(True, "deviation: tell the DiT what it estimated a step before")
     t_mean: float = option(0.8, "logit-normal times: mean (deviation: the paper has 0)", -9, 9)
     t_std: float = option(1.0, "logit-normal times: std (deviation: the paper has 1.5)", 1e-3, 9)
+    adaptive_times: bool = option(False, "LDLM: times such that the loss grows evenly in their quantiles, not logit-normal ones")
 
 
 def who_sees_whom(segment, block):
@@ -387,6 +389,7 @@ class TextDiT(nn.Module):
         self.trunk = Trunk(config, config.adaln)
         self.to_output = nn.Linear(E, config.vocab_size if config.predict_tokens else config.channels)  # logits, or the velocity
         self.register_buffer("latent_of", torch.zeros(config.vocab_size if config.predict_tokens else 0, config.channels))  # E[z_0 | token]
+        self.register_buffer("loss_at", torch.zeros(64 if config.adaptive_times else 0))  # a running mean of the loss by time, in even bins
         init_weights(self)
         nn.init.zeros_(self.to_output.weight)                                   # training starts from v = 0, or equal chances
 
@@ -411,7 +414,7 @@ class TextDiT(nn.Module):
         """The clean latents, E[z_0 | x] (B, N, C), from forward's output for x (B, N, C) at times t (B, N or 1). A temperature below 1
         makes them those of likelier tokens, if it predicts tokens."""
         if not self.config.predict_tokens:
-            return x - t[..., None] * output                                    # where the path ends if it is straight
+            return output if self.config.predict_latents else x - t[..., None] * output  # or where the path ends if it is straight
         # E[z_0 | x] is the sum over tokens of p(token | x) E[z_0 | token, x]. `latent_of` ignores the rest of x: it has E[z_0 | token].
         # So what a latent holds beyond its token (train_dit.py prints how much) is in contexts and in training's targets, not in samples.
         with torch.autocast(output.device.type, enabled=False):                 # guidance takes differences of estimates
@@ -419,10 +422,16 @@ class TextDiT(nn.Module):
 
 
 # ---- 5. Flow matching [FM]: the loss, and the sampler ----------------------------------------------------
-def logit_normal(u, config):
+def times_of(u, dit):
     """Quantiles u in [0, 1] of a logit-normal -> times (section 3.1 of [SD3]). The loss draws u at random, the sampler steps
     through it evenly: so it steps finely where the model was trained most (section 3.2 of [TextLDM])."""
-    return torch.sigmoid(config.t_mean + config.t_std * math.sqrt(2) * torch.erfinv(2 * u - 1))
+    if not dit.config.adaptive_times:
+        return torch.sigmoid(dit.config.t_mean + dit.config.t_std * math.sqrt(2) * torch.erfinv(2 * u - 1))
+    # [LDLM]: the running loss itself, as it grows with t, is the distribution; unspecified: a tenth of it is even, so that no time is left out
+    bins = len(dit.loss_at)
+    rise = F.pad(dit.loss_at, (1, 0)).cummax(0).values.cpu().double().numpy()  # (bins + 1,)
+    cdf = 0.9 * rise / max(rise[-1], 1e-9) + 0.1 * np.linspace(0, 1, bins + 1)
+    return torch.from_numpy(np.interp(u.cpu().double(), cdf / cdf[-1], np.linspace(0, 1, bins + 1))).to(u)
 
 
 def denoising_loss(dit, z_0, context, tokens, segment, t, eps, block, n_guess=0):
@@ -446,25 +455,29 @@ def denoising_loss(dit, z_0, context, tokens, segment, t, eps, block, n_guess=0)
             guess[:n_guess, -N:] = dit.estimate(output, z_t[:n_guess], at[:n_guess])
         torch.clear_autocast_cache()  # before torch 2.10 the second pass would reuse weights cast without a gradient (pytorch#112583)
     output = dit(x, segment, t, guess, **more)                                  # (B, N, V), or (B, N, C)
-    loss = cross_entropy(output, tokens) if dit.config.predict_tokens else (output - (eps - z_0)).square().mean(-1)
+    loss = cross_entropy(output, tokens) if dit.config.predict_tokens else (output - (z_0 if dit.config.predict_latents else eps - z_0)).square().mean(-1)
     return loss, output, z_t, at
 
 
-def flow_loss(dit, vae, batch, generator):
-    """The loss of stage 2 on a batch, a dict; times, noise, dropped contexts and the limits of blocks come from the generator."""
-    z_0 = vae.latents(batch.tokens, batch.segment)                              # (B, N, C)
+def flow_loss(dit, z_0, batch, generator):
+    """The loss of stage 2 on a batch with latents z_0 (B, N, C); times, noise, dropped contexts and the limits of blocks come from the generator."""
     (B, N, _), b, device = z_0.shape, dit.config.latent_block, z_0.device
     block = torch.zeros(N, dtype=torch.long, device=device)                     # TextLDM: a row has one target and one time
     if b:  # the first block is cut short at random: in sampling, blocks are counted from a prompt's end
         block = (torch.arange(N, device=device) + torch.randint(b, (), generator=generator, device=device)) // b
     u = torch.rand(2 + int(block[-1]), B, generator=generator, device=device)   # (M + 1, B)
     eps = torch.randn(z_0.shape, generator=generator, device=device)
-    t, drop = logit_normal(u[:-1].T, dit.config), u[-1] < dit.config.context_drop  # (B, M), (B,)
+    t, drop = times_of(u[:-1].T, dit), u[-1] < dit.config.context_drop          # (B, M), (B,)
     context = z_0.masked_fill(drop[:, None, None], 0)                           # (B, N, C)
     loss, *_ = denoising_loss(dit, z_0, context, batch.tokens, batch.segment, t, eps, block, n_guess=(B + 1) // 2)
     # the first block of a row from the middle of a text is no example of how texts begin: Corpus.batch gave its first token no weight
     is_target = (batch.segment == TARGET) & ((block > 0) | (batch.weight[:, :1] > 0))  # (B, N)
-    return dict(loss=weighted_mean(loss, batch.weight * is_target))
+    weight = batch.weight * is_target
+    if dit.config.adaptive_times:
+        bin = (t[:, block] * len(dit.loss_at)).long().clamp(max=len(dit.loss_at) - 1).flatten()  # (B N,)
+        total, count = (torch.zeros_like(dit.loss_at).index_add(0, bin, x.flatten()) for x in (loss.detach() * weight, weight))  # (bins,) each
+        dit.loss_at.lerp_(torch.where(count > 0, total / count.clamp(min=1e-9), dit.loss_at), 0.1)
+    return weighted_mean(loss, weight)
 
 
 def guided_estimate(dit, z, t, guess, context, segment, mask, cfg_scale, temperature=1.0, **more):
@@ -494,7 +507,7 @@ def euler(estimate, z, times, callback=None):
 
 def denoise(dit, z, context, segment, mask, callback=None, steps=20, cfg_scale=3.0, temperature=0.7, **more):
     """From noise z (B, N, C) to the latents of the targets; `more`, of blocks, is for the DiT."""
-    times = logit_normal(torch.linspace(1, 0, steps + 1), dit.config).to(z.device)
+    times = times_of(torch.linspace(1, 0, steps + 1), dit).to(z.device)
     estimate = lambda z, t, guess: guided_estimate(dit, z, t, guess, context, segment, mask, cfg_scale, temperature, **more)
     return euler(estimate, z, times, callback)
 
@@ -524,7 +537,7 @@ def continue_texts(vae, dit, prompts, length, eot, seed=0, callback=None, **how)
     (B, N), generator = tokens.shape, torch.Generator().manual_seed(seed)
     # noise of whole rows, from the CPU: the same on any device and beside neighbours of any length
     z = torch.randn(B, max(N, dit.config.block_size), vae.config.channels, generator=generator)[:, :N]  # (B, N, C)
-    tokens, segment, z = (x.to(vae.z_mean.device) for x in (tokens, segment, z))
+    tokens, segment, z = (x.to(dit.latent_of.device) for x in (tokens, segment, z))
     texts = lambda z: texts_of(vae.to_tokens(z, segment), segment, eot)
     context = vae.latents(tokens, segment)                                      # (B, N, C); the targets' are of end-of-texts, and not used
     mask = (segment != PADDING)[:, None, None]                                  # (B, 1, 1, N)
@@ -536,7 +549,7 @@ def continue_in_blocks(vae, dit, prompts, length, eot, seed, callback, **how):
     of the `window` tokens that a block sees (so text of any length takes the same memory), and a block is denoised and decoded. A length is
     written in full. unspecified: behind an end-of-text the next block begins a document, with nothing before it; and the oldest keys know of
     tokens that have left the window, which no row of training has. callback(0, texts) sees after each block what is written, for good."""
-    b, device, guided = dit.config.latent_block, vae.z_mean.device, how.get("cfg_scale") != 1  # denoise guides by default
+    b, device, guided = dit.config.latent_block, dit.latent_of.device, how.get("cfg_scale") != 1  # denoise guides by default
     window = dit.config.block_size - b
     P = min(window, max(map(len, prompts)))
     tokens = torch.tensor([[eot] * (P - len(x)) + x[max(len(x) - P, 0) :] for x in prompts], dtype=torch.long, device=device)  # (B, P)
@@ -568,8 +581,72 @@ def continue_in_blocks(vae, dit, prompts, length, eot, seed, callback, **how):
     return texts
 
 
-# ---- 6. Plumbing, once for all scripts: tokenizers, batches, command line, checkpoints, the training loop.
-# TextLDM ends above; a first reading can, too.
+# ---- 6. LDLM: the latents are learned together with the DiT, on hidden states of a frozen GPT [LDLM]
+@dataclass
+class JointConfig(DiTConfig):
+    channels: int = option(192, "C, channels of a latent; many, as the decoder's noise leaves little of each", 1)
+    coder_layers: int = option(2, "Transformer blocks of the encoder, the decoder and the token decoder, each", 1, 999)
+    predict_tokens: bool = False  # no option here: the mean latent of a token would move
+    hidden_mse: bool = option(True, "the decoder gives back hidden states, by squared error, and tokens do not shape latents: what lies near one stays readable")
+    encoder_warmup: int = option(1000, "steps over which the diffusion loss begins to shape the encoder, which else yields before it can write; 0: from the start", 0)
+    decoder_noise: float = option(3.0, "std of the noise in the decoder's input, in training: it forgives the DiT its errors; 0: none", 0)
+    teacher_layers: int = 0  # the frozen GPT's sizes
+    teacher_heads: int = 0
+    teacher_embd: int = 0
+
+
+class Coder(nn.Module):
+    def __init__(self, config, n_in, n_out):
+        super().__init__()
+        self.config = replace(config, n_layer=config.coder_layers)
+        self.first, self.trunk, self.last = nn.Linear(n_in, config.n_embd), Trunk(self.config), nn.Linear(config.n_embd, n_out)
+        init_weights(self)
+
+    def forward(self, x, segment):                                              # (B, N, n_in) -> (B, N, n_out)
+        return self.last(self.trunk(self.first(x).float(), same_segment(segment))).float()
+
+
+class LDLM(nn.Module):
+    """Encoder and decoder between latents and the hidden states of a frozen GPT (its third-to-last layer), a decoder from those to tokens, and
+    the DiT. For sampling it takes the place of the TextVAE: `latents` and `to_tokens`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, C, H, V = config, config.channels, config.teacher_embd, config.vocab_size
+        self.teacher = GPT(TrunkConfig(config.teacher_layers, config.teacher_heads, H, config.block_size + 1, vocab_size=V)).requires_grad_(False)
+        self.encoder, self.decoder, self.token_decoder = Coder(config, H, C), Coder(config, C, H), Coder(config, H, V)
+        self.dit = TextDiT(config)
+        self.register_buffer("hidden_mean", torch.zeros(H))                     # of training data, as in REPA
+        self.register_buffer("hidden_std", torch.ones(H))
+
+    def hidden(self, tokens):                                                   # (B, N) -> (B, N, H)
+        return (teacher_features(self.teacher, tokens, self.config.vocab_size - 1).float() - self.hidden_mean) / self.hidden_std
+
+    def latents(self, tokens, segment, hidden=None):
+        """tokens (B, N) -> latents (B, N, C), each of mean 0 and std 1 over its channels, with no scale to learn: they cannot outgrow noise."""
+        return F.layer_norm(self.encoder(self.hidden(tokens) if hidden is None else hidden, segment), (self.config.channels,))
+
+    def to_tokens(self, z, segment):                                            # (B, N, C) -> (B, N)
+        return self.token_decoder(self.decoder(z, segment), segment).argmax(-1)
+
+
+def joint_loss(ldlm, batch, generator, step):
+    """L_diff(gamma z + (1 - gamma) sg(z)) + L_h + L_w, a dict: gamma(s) scales the gradient of the diffusion loss into the encoder, and nothing else."""
+    config, (tokens, segment, weight) = ldlm.config, batch
+    hidden = ldlm.hidden(tokens)                                                # (B, N, H)
+    z = ldlm.latents(tokens, segment, hidden)                                   # (B, N, C)
+    gamma = 1 / (1 + math.exp(min(8 - 10 * step / config.encoder_warmup, 99))) if config.encoder_warmup else 1
+    diffusion = flow_loss(ldlm.dit, gamma * z + (1 - gamma) * z.detach(), batch, generator)
+    noise = config.decoder_noise * torch.randn(z.shape, generator=generator, device=z.device)
+    hidden_hat = ldlm.decoder(z + noise, segment)                               # (B, N, H)
+    logits = ldlm.token_decoder(hidden_hat.detach() if config.hidden_mse else hidden_hat, segment)  # (B, N, V)
+    mse = config.hidden_mse * weighted_mean((hidden_hat - hidden).square().mean(-1), weight)
+    word = weighted_mean(cross_entropy(logits, tokens), weight)
+    return dict(loss=diffusion + mse + word, diffusion=diffusion.detach(), hidden=mse.detach(), word=word.detach())
+
+
+# ---- 7. Plumbing, once for all scripts: tokenizers, batches, command line, checkpoints, the training loop.
+# The models end above; a first reading can, too.
 # How GPT-2 cuts text into words before it merges bytes (its published pattern); our own BPEs do the same.
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
@@ -878,6 +955,8 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=Tru
             if ema:  # unspecified: a decay of 0.999 from the start would leave a short run's average half initialisation
                 for a, p in zip(average.parameters(), model.parameters()):
                     a.lerp_(p.detach(), 1 - min(0.999, (1 + step) / (10 + step)))
+                for a, p in zip(average.buffers(), model.buffers()):
+                    a.copy_(p)
             bar.update()
             if step % cfg.log_interval == 0:
                 report = dict(zip(report, together(torch.stack(list(report.values()))).tolist()))

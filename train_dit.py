@@ -2,6 +2,7 @@
 
     python train_dit.py                                         # the embedded names, after train_vae.py
     python train_dit.py --data=data/owt2 --preset=small --out=out/owt2
+    python train_dit.py --joint --out=out/ldlm --teacher=out/gpt.pt # LDLM: the latents too, in one stage, after bench/train_gpt.py
 
 Watch the table by t. `loss` is what training minimises (nats a token, or the velocity's squared error), here over counted
 tokens, with no context dropped and every row told a first estimate; its mean over the nine t chooses the best checkpoint. `shuffled` is the same when the contexts
@@ -9,24 +10,31 @@ are the beginnings of other rows: equal to loss as long as the DiT makes nothing
 tokens that decode right from the DiT's estimate of the clean latents, `noisy` from the rescaled noisy ones, z_t / (1 - t).
 """
 
+import sys
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
-from textldm import (CONTEXT, TARGET, Config, Corpus, DiTConfig, TextDiT, TextVAE, TrainConfig, UserError, VAEConfig, at_scale,
-                     command_line, continue_texts, denoising_loss, flow_loss, load_checkpoint, model_from, option, pick_device,
-                     run, train, weighted_mean)
+from textldm import (CONTEXT, LDLM, TARGET, Config, Corpus, DiTConfig, JointConfig, TextDiT, TextVAE, TrainConfig, UserError, VAEConfig,
+                     at_scale, command_line, continue_texts, cross_entropy, denoising_loss, flow_loss, joint_loss, load_checkpoint,
+                     model_from, option, pick_device, run, train, weighted_mean)
+from train_vae import load_teacher, statistics_of
 
 # unspecified: depth and width, chosen to match the paper's 114M, 328M and 768M parameters
 PRESETS = dict(tiny=dict(max_steps=2200, eval_interval=800)) | {k: at_scale(*size, max_steps=1_000_000) for k, size in dict(
     small=(16, 12, 768), medium=(26, 16, 1024), large=(27, 24, 1536)).items()}
 
 
+LDLM_PREDICTS = dict(predict_latents=True, adaptive_times=True)  # with --joint
+
+
 @dataclass
 class Stage2(Config):
     vae: str = option("", "checkpoint of stage 1 (OUT/vae.pt)")
     from_decoder: bool = option(True, "deviation: blocks begin as those of the VAE's decoder, if of their width")
+    joint: bool = option(False, "LDLM: no VAE, latents are learned with the DiT, from a teacher (more options: --joint --help)")
+    teacher: str = option("", "frozen GPT, with --joint (OUT/gpt.pt)")
 
 
 @torch.no_grad()
@@ -51,17 +59,37 @@ def begin_as_decoder(dit, vae):
             block.load_state_dict(theirs[i * len(theirs) // len(ours)].state_dict(), strict=False)
 
 
+@torch.no_grad()
+def look_at_latents(ldlm, rows, corpus):
+    """One line in which a collapse shows while it happens. The other numbers do not show it."""
+    z = ldlm.latents(rows.tokens, rows.segment)[rows.counted].std(0)            # (C,)
+    texts = continue_texts(ldlm, ldlm.dit, [[]] * 64, 0, corpus.eot, cfg_scale=1.0)
+    tokens, of_rows = (torch.tensor(x).bincount().float() for x in (sum(texts, []), rows.tokens[:64][rows.counted[:64]].tolist()))
+    entropy, real = (-(p / p.sum()).xlogy(p / p.sum()).sum() for p in (tokens, of_rows))
+    return (f"latents: std per channel {z.min():.3f} to {z.max():.3f}, {(z > 0.1).sum()} of {len(z)} active; "
+            f"64 samples from nothing: entropy {entropy:.2f} nats (of val rows {real:.2f})")
+
+
 def main():
-    config, cfg, stage = command_line(__doc__, DiTConfig, TrainConfig, Stage2, presets=PRESETS)
+    joint = "--joint" in sys.argv
+    config, cfg, stage = command_line(__doc__, JointConfig if joint else DiTConfig, TrainConfig, Stage2,
+                                      presets={k: v | LDLM_PREDICTS for k, v in PRESETS.items()} if joint else PRESETS)
     corpus, val = (Corpus(cfg.data, split, config.block_size, whole=config.latent_block > 0) for split in ("train", "val"))
-    device, _ = pick_device(cfg.device)
-    state = load_checkpoint(stage.vae or f"{cfg.out}/vae.pt", "vae", "python train_vae.py makes one", corpus.tokenizer)
-    vae = model_from(TextVAE, VAEConfig, state).to(device).requires_grad_(False)
+    device, autocast = pick_device(cfg.device)
     config.vocab_size = corpus.meta["vocab_size"]
-    config.block_size = corpus.N = val.N = min(corpus.N, vae.config.block_size)
-    config.channels = vae.config.channels
-    if vae.config.causal != (config.latent_block > 0):
-        raise UserError(f"this VAE is {'' if vae.config.causal else 'not '}causal: " + ("give a --latent_block" if vae.config.causal else
+    if joint:
+        teacher = load_teacher(stage.teacher or f"{cfg.out}/gpt.pt", corpus, device)
+        longest, is_causal = teacher.config.block_size - 1, False
+        config.teacher_layers, config.teacher_heads, config.teacher_embd = teacher.config.n_layer, teacher.config.n_head, teacher.config.n_embd
+    else:
+        state = load_checkpoint(stage.vae or f"{cfg.out}/vae.pt", "vae", "python train_vae.py makes one", corpus.tokenizer)
+        vae = model_from(TextVAE, VAEConfig, state).to(device).requires_grad_(False)
+        longest, is_causal, config.channels = vae.config.block_size, vae.config.causal, vae.config.channels
+    config.block_size = corpus.N = val.N = min(corpus.N, longest)
+    if joint and config.latent_block:
+        raise UserError("--joint and --latent_block do not go together: the encoder of --joint looks ahead")
+    if is_causal != (config.latent_block > 0):
+        raise UserError(f"this VAE is {'' if is_causal else 'not '}causal: " + ("give a --latent_block" if is_causal else
                         f"--latent_block={config.latent_block} needs one of train_vae.py --causal"))
     if 2 * config.latent_block > config.block_size:
         raise UserError(f"--latent_block={config.latent_block} is more than half of a row of {config.block_size} tokens; lower it")
@@ -77,11 +105,12 @@ def main():
     donor = [next((j % B for j in range(i + 1, i + B) if lengths[j % B] > needs[i]), i) for i in range(B)]
 
     @torch.no_grad()
-    def evaluate(dit):
+    def evaluate(net):
+        space, dit = (net, net.dit) if joint else (vae, net)
         tokens, segment, _ = rows
         counted = rows.counted & (segment == TARGET) & ((block > 0) | rows.counted[:, :1])  # as in flow_loss
-        z_0 = vae.latents(tokens, segment)                                      # (B, N, C)
-        strange = vae.latents(tokens[donor] if b else torch.where(segment == CONTEXT, tokens[donor], tokens), segment)
+        z_0 = space.latents(tokens, segment)                                    # (B, N, C)
+        strange = space.latents(tokens[donor] if b else torch.where(segment == CONTEXT, tokens[donor], tokens), segment)
         mean = lambda x: weighted_mean(x.float(), counted).item()
         lines, table = [f"{'t':>5}{'loss':>9}{'shuffled':>10}{'noisy':>8}{'predicted':>11}"], []
         for t in torch.arange(1, 10, device=device) / 10:
@@ -91,25 +120,36 @@ def main():
             predicted = dit.estimate(*of)
             noisy = z_0 + t / (1 - t) * eps                                     # z_t / (1 - t)
             table.append(dict(t=round(t.item(), 1), loss=mean(loss), shuffled=mean(shuffled),
-                              noisy=mean(vae.to_tokens(noisy, segment) == tokens), predicted=mean(vae.to_tokens(predicted, segment) == tokens)))
+                              noisy=mean(space.to_tokens(noisy, segment) == tokens), predicted=mean(space.to_tokens(predicted, segment) == tokens)))
+            if joint:  # an error of latents that move says nothing; nats a token of what they decode to do
+                table[-1]["nats"] = mean(cross_entropy(net.token_decoder(net.decoder(predicted, segment), segment), tokens))
             lines.append("{t:5.1f}{loss:9.4f}{shuffled:10.4f}{noisy:8.3f}{predicted:11.3f}".format(**table[-1]))
         prompts = [row[: n // 2 if b else cut].tolist()[: N // 2] for row, cut, n in zip(tokens[:4], cuts, lengths)]
         scale = 3.0 if config.context_drop else 1.0
-        for prompt, text in zip(prompts, continue_texts(vae, dit, prompts, 0 if b else N // 2, corpus.eot, cfg_scale=scale)):
+        for prompt, text in zip(prompts, continue_texts(space, dit, prompts, 0 if b else N // 2, corpus.eot, cfg_scale=scale)):
             text = [i for i in text if i != corpus.eot]
             lines.append(f"  {corpus.encoding.decode(prompt)!r} -> {corpus.encoding.decode(text)!r}")
+        if joint:
+            lines.append(look_at_latents(net, rows, corpus))
         tqdm.write("\n".join(lines))
-        return dict(loss=sum(r["loss"] for r in table) / len(table), table=table)
+        return dict(loss=sum(r["nats" if joint else "loss"] for r in table) / len(table), table=table)
 
     def loss_of(net, batch, generator, step):
-        return flow_loss(net, vae, batch, generator)
+        if joint:
+            return joint_loss(net, batch, generator, step)
+        return dict(loss=flow_loss(net, vae.latents(batch.tokens, batch.segment), batch, generator))
 
+    weight_of = lambda batch: (batch.weight * (batch.segment == TARGET)).sum()
+    if joint:
+        ldlm = LDLM(config).to(device)
+        ldlm.teacher.load_state_dict(teacher.state_dict() | {"wpe.weight": teacher.wpe.weight[: config.block_size + 1]})
+        ldlm.hidden_mean, ldlm.hidden_std = statistics_of(teacher, corpus, autocast, device)
+        return train("dit", cfg, ldlm, corpus, loss_of, evaluate, weight_of, ema=True, joint=True)
     dit = TextDiT(config)
     if config.predict_tokens:
         dit.latent_of.copy_(latents_of_tokens(vae, corpus.fixed_batches(64, device)))
     if stage.from_decoder:
         begin_as_decoder(dit, vae)
-    weight_of = lambda batch: (batch.weight * (batch.segment == TARGET)).sum()
     train("dit", cfg, dit, corpus, loss_of, evaluate, weight_of, ema=True, vae=vae.z_mean.tolist())  # by which sample.py knows its VAE
 
 

@@ -26,6 +26,22 @@ class Stage1(Config):
     teacher: str = option("", "frozen GPT for REPA: a checkpoint (OUT/gpt.pt), gpt2, gpt2-medium ..., a Hugging Face folder, or none")
 
 
+def load_teacher(source, corpus, device):
+    teacher, tokenizer = GPT.from_pretrained(source)
+    if tokenizer != corpus.tokenizer:
+        raise UserError(f"the teacher {source} and {corpus.path.parent} have different tokenizers; "
+                        "train one on this data with bench/train_gpt.py, or use --teacher=none")
+    return teacher.to(device).requires_grad_(False)
+
+
+@torch.no_grad()
+def statistics_of(teacher, corpus, autocast, device):
+    """Mean and std (E_teacher,) of the teacher's features on training data."""
+    with autocast:
+        f = torch.cat([teacher_features(teacher, b.tokens, corpus.eot)[b.counted] for b in corpus.fixed_batches(16, device)]).float()
+    return f.mean(0), f.std(0).clamp(min=1e-6)
+
+
 def main():
     config, cfg, stage = command_line(__doc__, VAEConfig, TrainConfig, Stage1, presets=PRESETS)
     corpus, val = (Corpus(cfg.data, split, config.block_size, whole=config.causal) for split in ("train", "val"))
@@ -33,11 +49,7 @@ def main():
     config.vocab_size = corpus.meta["vocab_size"]
     teacher, source = None, stage.teacher or f"{cfg.out}/gpt.pt"
     if source != "none":
-        teacher, tokenizer = GPT.from_pretrained(source)
-        if tokenizer != corpus.tokenizer:
-            raise UserError(f"the teacher {source} and {cfg.data} have different tokenizers; "
-                            "train one on this data with bench/train_gpt.py, or use --teacher=none")
-        teacher = teacher.to(device).requires_grad_(False)
+        teacher = load_teacher(source, corpus, device)
         config.teacher_embd = teacher.config.n_embd
         corpus.N = val.N = min(corpus.N, teacher.config.block_size - 1)  # room for its end-of-text token
     config.block_size = corpus.N
@@ -47,10 +59,7 @@ def main():
     rows = val.fixed_batches(4, device)
     sample = corpus.fixed_batches(16, device)  # of training data, for statistics
     if teacher is not None:
-        with autocast:
-            f = torch.cat([features(b)[b.counted] for b in sample]).float()  # (tokens, E_teacher)
-        vae.teacher_mean.copy_(f.mean(0))
-        vae.teacher_std.copy_(f.std(0).clamp(min=1e-6))
+        vae.teacher_mean, vae.teacher_std = statistics_of(teacher, corpus, autocast, device)
 
     def loss_of(net, batch, generator, step):
         beta = config.beta * min(step / max(config.beta_warmup, 1), 1)
