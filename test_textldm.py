@@ -69,8 +69,9 @@ def dit(request):
 
 
 @pytest.fixture(autouse=True)
-def signals():
-    """Training takes over Ctrl-C and SIGTERM; a test gives them back."""
+def alone():
+    """Each test has the same luck, whichever ran before it. Training takes over Ctrl-C and SIGTERM; a test gives them back."""
+    torch.manual_seed(0)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     yield
     for s, handler in handlers.items():
@@ -859,6 +860,24 @@ def test_masked_diffusion_counts_every_token_once_and_draws_what_the_model_says(
     scores = torch.rand(V).log()  # what is not masked is seen: the second half of the target repeats what the model was shown
     model.forward = lambda tokens, masked, mask: torch.where(masked[..., None], scores, torch.nn.functional.one_hot(tokens, V) * 99.0)
     assert unmask(model, [[1, 2]], 3, EOT, steps=4, temperature=0.0) == [[scores.argmax().item()] * 3]
+
+
+def test_speed_measures_a_gpt_with_a_cache_that_writes_what_it_does_without(home, tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("speed", ROOT / "bench/speed.py")
+    speed = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(speed)
+    gpt = randomise(GPT(TrunkConfig(**SMALL, block_size=N, vocab_size=V)), scale=0.5).eval()
+    prompts, rows = torch.randint(0, V, (2, 5)), []
+    for row in prompts.tolist():
+        while len(row) < N:
+            row = [*row, gpt(torch.tensor([row]))[0, -1].argmax().item()]
+        rows.append(row[5:])
+    assert speed.cached_gpt(gpt, prompts, N - 5, torch.float32).tolist() == rows and len({*rows[0], *rows[1]}) > 3
+    script("bench/speed.py", "--parts=sample", "--rounds=1", "--lengths=5", "--batches=2", "--data", home / "data", "--out", tmp_path / "speed.json", "--device=cpu")
+    report = {row["system"]: row for row in json.loads((tmp_path / "speed.json").read_text())["sample"]}
+    assert report["textldm, 20 steps"]["evaluations"] == 20 and report["blocks of 4, 20 steps"]["evaluations"] == 40 and report["gpt, static cache"]["evaluations"] == 5
+    assert all(row["memory_mb"] >= 0 and row["new_tokens"] == 5 and row["prompts"] == 2 for row in report.values())
+    assert "| textldm, 50 steps | 2 | 5 |" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------
