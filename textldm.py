@@ -155,10 +155,10 @@ class Trunk(nn.Module):
         self.recompute = config.recompute
 
     def through(self, blocks, x, time_emb=None, memory=None, **more):           # (B, N, E) -> (B, N, E)
-        again = self.recompute and torch.is_grad_enabled()
+        recompute = self.recompute and torch.is_grad_enabled()
         for i, block in enumerate(blocks):
             more["memory"] = memory[i] if memory else None                      # each block has its own
-            x = checkpoint(block, x, time_emb, **more, use_reentrant=False) if again else block(x, time_emb, **more)
+            x = checkpoint(block, x, time_emb, **more, use_reentrant=False) if recompute else block(x, time_emb, **more)
         return x
 
     def forward(self, x, mask=None, time_emb=None, position=None, **more):      # (B, N, E) -> (B, N, E)
@@ -800,10 +800,10 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=Tru
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
         objective = nn.parallel.DistributedDataParallel(objective)
-    together = lambda x: x if world == 1 else (dist.all_reduce(x := x.to(device)), x)[1].cpu()  # the sum over processes
+    sum_of_all = lambda x: x if world == 1 else (dist.all_reduce(x := x.to(device)), x)[1].cpu()  # over the processes
     average = copy.deepcopy(model).requires_grad_(False) if ema else model  # without ema one and the same
-    kind = lambda k, p: "vector" if p.dim() < 2 else "hidden" if cfg.muon and (".attn." in k or ".mlp." in k) else "matrix"
-    hidden, matrices, vectors = ([p for k, p in model.named_parameters() if kind(k, p) == x] for x in ("hidden", "matrix", "vector"))
+    group_of = lambda name, p: "vector" if p.dim() < 2 else "hidden" if cfg.muon and (".attn." in name or ".mlp." in name) else "matrix"
+    hidden, matrices, vectors = ([p for name, p in model.named_parameters() if group_of(name, p) == x] for x in ("hidden", "matrix", "vector"))
     optimizers = [torch.optim.AdamW([dict(params=matrices), dict(params=vectors, weight_decay=0)], betas=(0.9, 0.98),
                                     weight_decay=cfg.weight_decay, fused=device.type != "mps")]
     if cfg.muon:
@@ -852,7 +852,7 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=Tru
         while step < cfg.max_steps:
             done = min(max(step - cfg.warmup, 0) / max(horizon - cfg.warmup, 1), 1)
             lr = peak * min((step + 1) / max(cfg.warmup, 1), 1) * (0.55 + 0.45 * math.cos(math.pi * done))
-            total, stopped = together(torch.tensor([sum(weight_of(b) for b, _ in batches), len(stops)]))
+            total, stopped = sum_of_all(torch.tensor([sum(weight_of(b) for b, _ in batches), len(stops)]))
             if stopped:  # a signal to any process stops all at the same step
                 save()
                 break
@@ -880,7 +880,7 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=Tru
                     a.lerp_(p.detach(), 1 - min(0.999, (1 + step) / (10 + step)))
             bar.update()
             if step % cfg.log_interval == 0:
-                report = dict(zip(report, together(torch.stack(list(report.values()))).tolist()))
+                report = dict(zip(report, sum_of_all(torch.stack(list(report.values()))).tolist()))
                 print(json.dumps(dict(step=step, **report, norm=norm.item(), lr=lr)), file=log, flush=True)
                 bar.set_postfix({k: f"{v:.3g}" for k, v in report.items()}, refresh=False)
             if rank == 0 and (step % cfg.eval_interval == 0 or step == cfg.max_steps):
