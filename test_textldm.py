@@ -866,12 +866,28 @@ def test_masked_diffusion_counts_every_token_once_and_draws_what_the_model_says(
     assert unmask(model, [[1, 2]], 3, EOT, steps=4, temperature=0.0) == [[scores.argmax().item()] * 3]
 
 
+def test_speed_measures_a_gpt_with_a_cache_that_writes_what_it_does_without(home, tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("speed", ROOT / "bench/speed.py")
+    speed = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(speed)
+    gpt = randomise(GPT(TrunkConfig(**SMALL, block_size=N, vocab_size=V)), scale=0.5).eval()
+    prompts, rows = torch.randint(0, V, (2, 5)), []
+    for row in prompts.tolist():
+        while len(row) < N:
+            row = [*row, gpt(torch.tensor([row]))[0, -1].argmax().item()]
+        rows.append(row[5:])
+    assert speed.cached_gpt(gpt, prompts, N - 5, torch.float32).tolist() == rows and len({*rows[0], *rows[1]}) > 3
+    script("bench/speed.py", "--parts=sample", "--rounds=1", "--lengths=5", "--batches=2", "--data", home / "data", "--out", tmp_path / "speed.json", "--device=cpu")
+    report = {row["system"]: row for row in json.loads((tmp_path / "speed.json").read_text())["sample"]}
+    assert report["textldm, 20 steps"]["evaluations"] == 20 and report["blocks of 4, 20 steps"]["evaluations"] == 40 and report["gpt, static cache"]["evaluations"] == 5
+    assert all(row["memory_mb"] >= 0 and row["new_tokens"] == 5 and row["prompts"] == 2 for row in report.values())
+    assert "| textldm, 50 steps | 2 | 5 |" in capsys.readouterr().out
 # LDLM: latents learned together with the DiT
 
 def ldlm(**options):
     torch.manual_seed(0)
     config = textldm.JointConfig(**SMALL, block_size=N, vocab_size=V, channels=8, coder_layers=1, teacher_layers=3, teacher_heads=2, teacher_embd=16,
-                                  predict_latents=True, adaptive_times=True, **options)
+                                  **options)
     model = randomise(textldm.LDLM(config), scale=0.1)
     model.teacher.requires_grad_(False)
     return model
@@ -885,7 +901,7 @@ def gradients(model, step=0, change=lambda model: None):
 
 
 def test_gamma_scales_what_diffusion_tells_the_encoder_and_nothing_else():
-    shut, open_, half = gradients(ldlm(encoder_warmup=100), -(10**6)), gradients(ldlm(encoder_warmup=0)), gradients(ldlm(encoder_warmup=100), 80)
+    shut, open_, half = gradients(ldlm(encoder_warmup=100), -500), gradients(ldlm(encoder_warmup=0)), gradients(ldlm(encoder_warmup=100), 80)
     encoder = [k for k in half if k.startswith("encoder.")]
     assert len(encoder) > 10 and any(not torch.allclose(shut[k], open_[k], rtol=1e-3) for k in encoder)
     for k in half:
@@ -916,12 +932,36 @@ def test_noise_is_of_the_decoder_alone_and_normalised_latents_cannot_outgrow_it(
     assert torch.equal(losses[0]["diffusion"], losses[1]["diffusion"]) and not torch.equal(losses[0]["hidden"], losses[1]["hidden"])
 
 
+def test_the_joint_loss_is_the_sum_of_its_three():
+    """Written out, with a DiT that is told the clean latents; and nothing of a target is in the latents of its context."""
+    model, batch, seen = ldlm(decoder_noise=0.7), make_batch(), []
+    model.hidden_mean.normal_(), model.hidden_std.uniform_(0.5, 2)
+    z = model.latents(batch.tokens, batch.segment)
+    other = torch.where(batch.segment == TARGET, (batch.tokens + 7) % V, batch.tokens)
+    assert torch.allclose(model.latents(other, batch.segment)[batch.segment == CONTEXT], z[batch.segment == CONTEXT], atol=1e-6)
+    model.dit.forward = lambda x, segment, *rest, **more: seen.append(x) or z[: len(x)] + 0.5
+    losses = textldm.joint_loss(model, batch, torch.Generator().manual_seed(3), 0)
+    assert losses["diffusion"].item() == pytest.approx(0.25) and torch.equal(model.dit.estimate(z, seen[0], torch.ones(4, 1)), z)
+    teacher = model.teacher.hidden_states(torch.nn.functional.pad(batch.tokens, (1, 0), value=EOT), 1)[:, 1:]
+    hidden = (teacher - model.hidden_mean) / model.hidden_std
+    noise = torch.Generator().manual_seed(3)
+    torch.rand(2, 4, generator=noise), torch.randn(z.shape, generator=noise)
+    hat = model.decoder(z + 0.7 * torch.randn(z.shape, generator=noise), batch.segment)
+    mean = lambda x: ((x * batch.weight).sum() / batch.weight.sum()).item()
+    nll = -model.token_decoder(hat, batch.segment).log_softmax(-1).gather(-1, batch.tokens[..., None])[..., 0]
+    assert losses["hidden"].item() == pytest.approx(mean((hat - hidden).square().mean(-1)), rel=1e-4) and losses["word"].item() == pytest.approx(mean(nll), rel=1e-4)
+    assert losses["loss"].item() == pytest.approx(sum(losses[k].item() for k in ("diffusion", "hidden", "word")), rel=1e-5)
+    assert torch.equal(model.to_tokens(z, batch.segment), model.token_decoder(model.decoder(z, batch.segment), batch.segment).argmax(-1))
+
+
 def test_adaptive_times_follow_the_loss():
     """With a loss of t^2 the density of times is 2 t, but for the tenth that is even; and the running loss finds that profile by itself."""
     model = ldlm()
     dit, K = model.dit, len(model.dit.loss_at)
-    assert torch.allclose(times_of(torch.linspace(0, 1, 11), dit), torch.linspace(0, 1, 11), atol=1e-6), "before anything is known, even"
-    dit.loss_at.copy_((torch.arange(1, K + 1) / K) ** 2)
+    for flat in (0.0, 1.0):
+        dit.loss_at.fill_(flat)
+        assert torch.allclose(times_of(torch.linspace(0, 1, 11), dit), torch.linspace(0, 1, 11), atol=1e-6), "even, where the loss is"
+    dit.loss_at.copy_(0.3 + torch.linspace(0, 1, K) ** 2)
     t = times_of(torch.rand(200_000), dit)
     density = torch.histc(t, 10, 0, 1) / len(t) * 10
     assert torch.allclose(density, 0.9 * 2 * (torch.arange(10) + 0.5) / 10 + 0.1, atol=0.03)
@@ -933,7 +973,7 @@ def test_adaptive_times_follow_the_loss():
             flow_loss(dit, torch.zeros(64, N, 8), batch, torch.Generator().manual_seed(i))
     finally:
         textldm.denoising_loss = real
-    error = (dit.loss_at - ((torch.arange(K) + 0.5) / K) ** 2).abs()
+    error = (dit.loss_at - torch.linspace(0, 1, K) ** 2).abs()
     assert error.median() < 0.005 and error.max() < 0.1
 
 
@@ -953,7 +993,7 @@ def test_joint_training_resumes_exactly_and_is_sampled_as_two_stages_are(home, t
                "--max_steps=4", "--eval_interval=2", "--batch_size=8", "--device=cpu", *(f"--{k}={v}" for k, v in SMALL.items()), *more)
     run()
     whole, batch, calls = load_checkpoint(tmp_path / "dit_last.pt", "dit", ""), Corpus.batch, []
-    assert "latents: std per channel" in capsys.readouterr().out
+    assert "of their variance is between tokens" in capsys.readouterr().out
 
     def stop_at_the_third(self, rng, B, *rest, **more):
         calls.append(B)
@@ -971,9 +1011,11 @@ def test_joint_training_resumes_exactly_and_is_sampled_as_two_stages_are(home, t
     capsys.readouterr()
     script("sample.py", "--out", tmp_path, "--prompt=ab", "--steps=2", "--device=cpu")
     assert capsys.readouterr().out.startswith("ab|")
+    gpt, _ = GPT.from_pretrained(home / "out/gpt.pt")
+    assert torch.equal(whole["model"]["teacher.wte.weight"], gpt.wte.weight) and whole["model"]["hidden_mean"].any()
     with pytest.raises(SystemExit):
         run("--latent_block=4")
-    assert "do not go together" in capsys.readouterr().err
+    assert "and no --joint" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -21,9 +21,10 @@ Blocks   With --latent_block the DiT is Cola DLM's, one network with another lay
          of them is a target whose context is all before it. The VAE is then causal, and sampling (continue_in_blocks) need not end.
          (`block` is always one of latents. A layer of a Transformer is a Block, and block_size, nanoGPT's name, is the length of a row.)
 Latents  z are raw in TextVAE's forward, `posterior` and `decode`, and of mean 0 and std 1 per channel everywhere else.
+LDLM     learns latents and DiT together, in part 6, which a first reading can leave out. There they are of mean 0 and std 1 over a token's channels.
 Tags     `unspecified:` the paper is silent and the choice is ours.   `deviation:` we do otherwise.
 [TextLDM] Jiang et al. 2026, arXiv 2605.07748   [VAE] Kingma, Welling 2013, 1312.6114    [CFG] Ho, Salimans 2022, 2207.12598
-[Cola] Guo et al. 2026, 2605.06548   [GPT2] Radford et al. 2019    [RoPE] Su et al. 2021, 2104.09864    [DiT] Peebles, Xie 2022, 2212.09748
+[Cola] Guo et al. 2026, 2605.06548   [LDLM] Meshchaninov et al. 2026, 2605.07933   [GPT2] Radford et al. 2019    [RoPE] Su et al. 2021, 2104.09864    [DiT] Peebles, Xie 2022, 2212.09748
 [FM] Lipman et al. 2022, 2210.02747  [SD3] Esser et al. 2024, 2403.03206   [REPA] Yu et al. 2024, 2410.06940   [AB] Chen et al. 2022, 2208.04202
 Short of time? Read TextDiT's forward and estimate, part 5 (the loss and the sampler), then TextVAE.forward.
 """
@@ -155,10 +156,10 @@ class Trunk(nn.Module):
         self.recompute = config.recompute
 
     def through(self, blocks, x, time_emb=None, memory=None, **more):           # (B, N, E) -> (B, N, E)
-        again = self.recompute and torch.is_grad_enabled()
+        recompute = self.recompute and torch.is_grad_enabled()
         for i, block in enumerate(blocks):
             more["memory"] = memory[i] if memory else None                      # each block has its own
-            x = checkpoint(block, x, time_emb, **more, use_reentrant=False) if again else block(x, time_emb, **more)
+            x = checkpoint(block, x, time_emb, **more, use_reentrant=False) if recompute else block(x, time_emb, **more)
         return x
 
     def forward(self, x, mask=None, time_emb=None, position=None, **more):      # (B, N, E) -> (B, N, E)
@@ -348,11 +349,11 @@ class DiTConfig(TrunkConfig):
     latent_block: int = option(0, "0: TextLDM, one target; more: Cola DLM, blocks of so many latents, each given all before it", 0, 2**15)
     context_drop: float = option(0.1, "share of rows trained without their context, for guidance (the paper's); if 0, sample with --cfg=1", 0, 1)
     predict_tokens: bool = option(True, "deviation: predict p(token), from which the velocity follows")
-    predict_latents: bool = option(False, "else, LDLM: predict clean latents; without either, the paper's: velocities")
+    predict_latents: bool = False  # LDLM's: else predict clean latents, not velocities
+    adaptive_times: bool = False  # LDLM's
     self_condition: bool = option(True, "deviation: tell the DiT what it estimated a step before")
     t_mean: float = option(0.8, "logit-normal times: mean (deviation: the paper has 0)", -9, 9)
     t_std: float = option(1.0, "logit-normal times: std (deviation: the paper has 1.5)", 1e-3, 9)
-    adaptive_times: bool = option(False, "LDLM: times such that the loss grows evenly in their quantiles, not logit-normal ones")
 
 
 def who_sees_whom(segment, block):
@@ -387,9 +388,9 @@ class TextDiT(nn.Module):
         if config.adaln:
             self.time_mlp = nn.Sequential(nn.Linear(E, E), nn.SiLU(), nn.Linear(E, E), nn.SiLU())
         self.trunk = Trunk(config, config.adaln)
-        self.to_output = nn.Linear(E, config.vocab_size if config.predict_tokens else config.channels)  # logits, or the velocity
+        self.to_output = nn.Linear(E, config.vocab_size if config.predict_tokens else config.channels)  # logits, the velocity or z_0
         self.register_buffer("latent_of", torch.zeros(config.vocab_size if config.predict_tokens else 0, config.channels))  # E[z_0 | token]
-        self.register_buffer("loss_at", torch.zeros(64 if config.adaptive_times else 0))  # a running mean of the loss by time, in even bins
+        self.register_buffer("loss_at", torch.zeros(64 if config.adaptive_times else 0))  # its running mean at even times from 0 to 1
         init_weights(self)
         nn.init.zeros_(self.to_output.weight)                                   # training starts from v = 0, or equal chances
 
@@ -423,15 +424,11 @@ class TextDiT(nn.Module):
 
 # ---- 5. Flow matching [FM]: the loss, and the sampler ----------------------------------------------------
 def times_of(u, dit):
-    """Quantiles u in [0, 1] of a logit-normal -> times (section 3.1 of [SD3]). The loss draws u at random, the sampler steps
+    """Quantiles u in [0, 1] -> times, of a logit-normal (section 3.1 of [SD3]) or LDLM's. The loss draws u at random, the sampler steps
     through it evenly: so it steps finely where the model was trained most (section 3.2 of [TextLDM])."""
-    if not dit.config.adaptive_times:
-        return torch.sigmoid(dit.config.t_mean + dit.config.t_std * math.sqrt(2) * torch.erfinv(2 * u - 1))
-    # [LDLM]: the running loss itself, as it grows with t, is the distribution; unspecified: a tenth of it is even, so that no time is left out
-    bins = len(dit.loss_at)
-    rise = F.pad(dit.loss_at, (1, 0)).cummax(0).values.cpu().double().numpy()  # (bins + 1,)
-    cdf = 0.9 * rise / max(rise[-1], 1e-9) + 0.1 * np.linspace(0, 1, bins + 1)
-    return torch.from_numpy(np.interp(u.cpu().double(), cdf / cdf[-1], np.linspace(0, 1, bins + 1))).to(u)
+    if dit.config.adaptive_times:
+        return adaptive_times(u, dit.loss_at)
+    return torch.sigmoid(dit.config.t_mean + dit.config.t_std * math.sqrt(2) * torch.erfinv(2 * u - 1))
 
 
 def denoising_loss(dit, z_0, context, tokens, segment, t, eps, block, n_guess=0):
@@ -474,9 +471,7 @@ def flow_loss(dit, z_0, batch, generator):
     is_target = (batch.segment == TARGET) & ((block > 0) | (batch.weight[:, :1] > 0))  # (B, N)
     weight = batch.weight * is_target
     if dit.config.adaptive_times:
-        bin = (t[:, block] * len(dit.loss_at)).long().clamp(max=len(dit.loss_at) - 1).flatten()  # (B N,)
-        total, count = (torch.zeros_like(dit.loss_at).index_add(0, bin, x.flatten()) for x in (loss.detach() * weight, weight))  # (bins,) each
-        dit.loss_at.lerp_(torch.where(count > 0, total / count.clamp(min=1e-9), dit.loss_at), 0.1)
+        note_loss(dit.loss_at, loss.detach(), t[:, block], weight)
     return weighted_mean(loss, weight)
 
 
@@ -582,14 +577,30 @@ def continue_in_blocks(vae, dit, prompts, length, eot, seed, callback, **how):
 
 
 # ---- 6. LDLM: the latents are learned together with the DiT, on hidden states of a frozen GPT [LDLM]
+def adaptive_times(u, loss_at):
+    """Quantiles u in [0, 1] -> times, such that the loss grows evenly with u: each stretch of the way teaches alike. loss_at (K,) is the loss
+    at even times from 0 to 1. unspecified: it is taken never to fall, and a tenth of the times are even, so that none is left out."""
+    even, rise = np.linspace(0, 1, len(loss_at)), (loss_at.cummax(0).values - loss_at[0]).cpu().double().numpy()
+    cdf = 0.9 * rise / max(rise[-1], 1e-9) + 0.1 * even
+    return torch.from_numpy(np.interp(u.cpu().double(), cdf / cdf[-1], even)).to(u)
+
+
+def note_loss(loss_at, loss, t, weight):  # (K,), then (B, N) each
+    nearest = (t * (len(loss_at) - 1)).round().long().flatten()                 # (B N,)
+    total, count = (torch.zeros_like(loss_at).index_add(0, nearest, x.flatten()) for x in (loss * weight, weight))  # (K,) each
+    loss_at.lerp_(torch.where(count > 0, total / count.clamp(min=1e-9), loss_at), 0.1)
+
+
 @dataclass
 class JointConfig(DiTConfig):
     channels: int = option(192, "C, channels of a latent; many, as the decoder's noise leaves little of each", 1)
     coder_layers: int = option(2, "Transformer blocks of the encoder, the decoder and the token decoder, each", 1, 999)
-    predict_tokens: bool = False  # no option here: the mean latent of a token would move
+    predict_tokens: bool = False  # not to be chosen: the mean latent of a token would move
+    predict_latents: bool = True
+    adaptive_times: bool = option(True, "times such that the loss grows evenly in their quantiles, not logit-normal ones")
     hidden_mse: bool = option(True, "the decoder gives back hidden states, by squared error, and tokens do not shape latents: what lies near one stays readable")
     encoder_warmup: int = option(1000, "steps over which the diffusion loss begins to shape the encoder, which else yields before it can write; 0: from the start", 0)
-    decoder_noise: float = option(3.0, "std of the noise in the decoder's input, in training: it forgives the DiT its errors; 0: none", 0)
+    decoder_noise: float = option(1.5, "std of noise in the decoder's input, in training: it forgives the DiT its errors (deviation: the paper has 3); 0: none", 0)
     teacher_layers: int = 0  # the frozen GPT's sizes
     teacher_heads: int = 0
     teacher_embd: int = 0
@@ -635,14 +646,14 @@ def joint_loss(ldlm, batch, generator, step):
     config, (tokens, segment, weight) = ldlm.config, batch
     hidden = ldlm.hidden(tokens)                                                # (B, N, H)
     z = ldlm.latents(tokens, segment, hidden)                                   # (B, N, C)
-    gamma = 1 / (1 + math.exp(min(8 - 10 * step / config.encoder_warmup, 99))) if config.encoder_warmup else 1
-    diffusion = flow_loss(ldlm.dit, gamma * z + (1 - gamma) * z.detach(), batch, generator)
+    gamma = 1 / (1 + math.exp(8 - 10 * step / config.encoder_warmup)) if config.encoder_warmup else 1  # 0.88 at the end of the warm-up
+    losses = dict(diffusion=flow_loss(ldlm.dit, gamma * z + (1 - gamma) * z.detach(), batch, generator))
     noise = config.decoder_noise * torch.randn(z.shape, generator=generator, device=z.device)
     hidden_hat = ldlm.decoder(z + noise, segment)                               # (B, N, H)
     logits = ldlm.token_decoder(hidden_hat.detach() if config.hidden_mse else hidden_hat, segment)  # (B, N, V)
-    mse = config.hidden_mse * weighted_mean((hidden_hat - hidden).square().mean(-1), weight)
-    word = weighted_mean(cross_entropy(logits, tokens), weight)
-    return dict(loss=diffusion + mse + word, diffusion=diffusion.detach(), hidden=mse.detach(), word=word.detach())
+    losses["hidden"] = config.hidden_mse * weighted_mean((hidden_hat - hidden).square().mean(-1), weight)
+    losses["word"] = weighted_mean(cross_entropy(logits, tokens), weight)
+    return losses | dict(loss=sum(losses.values()))
 
 
 # ---- 7. Plumbing, once for all scripts: tokenizers, batches, command line, checkpoints, the training loop.
@@ -877,10 +888,10 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=Tru
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
         objective = nn.parallel.DistributedDataParallel(objective)
-    together = lambda x: x if world == 1 else (dist.all_reduce(x := x.to(device)), x)[1].cpu()  # the sum over processes
+    sum_of_all = lambda x: x if world == 1 else (dist.all_reduce(x := x.to(device)), x)[1].cpu()  # over the processes
     average = copy.deepcopy(model).requires_grad_(False) if ema else model  # without ema one and the same
-    kind = lambda k, p: "vector" if p.dim() < 2 else "hidden" if cfg.muon and (".attn." in k or ".mlp." in k) else "matrix"
-    hidden, matrices, vectors = ([p for k, p in model.named_parameters() if kind(k, p) == x] for x in ("hidden", "matrix", "vector"))
+    group_of = lambda name, p: "vector" if p.dim() < 2 else "hidden" if cfg.muon and (".attn." in name or ".mlp." in name) else "matrix"
+    hidden, matrices, vectors = ([p for name, p in model.named_parameters() if group_of(name, p) == x] for x in ("hidden", "matrix", "vector"))
     optimizers = [torch.optim.AdamW([dict(params=matrices), dict(params=vectors, weight_decay=0)], betas=(0.9, 0.98),
                                     weight_decay=cfg.weight_decay, fused=device.type != "mps")]
     if cfg.muon:
@@ -929,7 +940,7 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=Tru
         while step < cfg.max_steps:
             done = min(max(step - cfg.warmup, 0) / max(horizon - cfg.warmup, 1), 1)
             lr = peak * min((step + 1) / max(cfg.warmup, 1), 1) * (0.55 + 0.45 * math.cos(math.pi * done))
-            total, stopped = together(torch.tensor([sum(weight_of(b) for b, _ in batches), len(stops)]))
+            total, stopped = sum_of_all(torch.tensor([sum(weight_of(b) for b, _ in batches), len(stops)]))
             if stopped:  # a signal to any process stops all at the same step
                 save()
                 break
@@ -959,7 +970,7 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=Tru
                     a.copy_(p)
             bar.update()
             if step % cfg.log_interval == 0:
-                report = dict(zip(report, together(torch.stack(list(report.values()))).tolist()))
+                report = dict(zip(report, sum_of_all(torch.stack(list(report.values()))).tolist()))
                 print(json.dumps(dict(step=step, **report, norm=norm.item(), lr=lr)), file=log, flush=True)
                 bar.set_postfix({k: f"{v:.3g}" for k, v in report.items()}, refresh=False)
             if rank == 0 and (step % cfg.eval_interval == 0 or step == cfg.max_steps):
