@@ -886,8 +886,8 @@ def test_speed_measures_a_gpt_with_a_cache_that_writes_what_it_does_without(home
 
 def ldlm(**options):
     torch.manual_seed(0)
-    config = textldm.JointConfig(**SMALL, block_size=N, vocab_size=V, channels=8, coder_layers=1, teacher_layers=3, teacher_heads=2, teacher_embd=16,
-                                  **options)
+    config = textldm.JointConfig(**SMALL, block_size=N, vocab_size=V, channels=8, coder_layers=1,
+                                  teacher=json.dumps(dict(SMALL, n_layer=3, block_size=N + 1, vocab_size=V)), **options)
     model = randomise(textldm.LDLM(config), scale=0.1)
     model.teacher.requires_grad_(False)
     return model
@@ -1006,7 +1006,7 @@ def test_joint_training_resumes_exactly_and_is_sampled_as_two_stages_are(home, t
         run()
     run("--resume")
     again = load_checkpoint(tmp_path / "dit_last.pt", "dit", "")
-    assert again["step"] == 4 and whole["model"]["dit.loss_at"].any() and torch.equal(whole["average"]["dit.loss_at"], whole["model"]["dit.loss_at"])
+    assert again["step"] == 4 and whole["model"]["dit.loss_at"].any() and whole["average"]["dit.loss_at"].any()
     assert all(torch.equal(whole[part][k], again[part][k]) for part in ("model", "average") for k in whole[part])
     capsys.readouterr()
     script("sample.py", "--out", tmp_path, "--prompt=ab", "--steps=2", "--device=cpu")

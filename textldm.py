@@ -77,7 +77,7 @@ def option(default, help, low=None, high=None):
 class Config:
     def __post_init__(self):  # of dataclasses, from the command line or a checkpoint: what is not of its type or range is refused
         for f in fields(self):
-            value, low, high = getattr(self, f.name), f.metadata.get("low", 0), f.metadata.get("high")
+            value, low, high = getattr(self, f.name), f.metadata.get("low", 0 if f.type is int else None), f.metadata.get("high")
             if type(value) is not f.type or not (low is None or value >= low) or not (high is None or value <= high):
                 raise UserError(f"--{f.name}={value!r}: expected {f.type.__name__}" + f" from {low} to {'any' if high is None else high}" * (f.type is not bool))
 
@@ -168,8 +168,7 @@ class Trunk(nn.Module):
 
 
 def init_weights(model):
-    """GPT-2's initialisation: std 0.02, and less for the matrices that write into the residual stream, so
-    that its variance does not grow with depth; biases zero, and adaLN, and so its gates, zero."""
+    """GPT-2's: std 0.02, and less for matrices that write into the residual stream, whose variance is not to grow with depth; biases and adaLN zero."""
     for name, p in model.named_parameters():
         if name.endswith("bias") or ".adaln." in name:
             nn.init.zeros_(p)
@@ -324,8 +323,7 @@ class TextVAE(nn.Module):
 
     @torch.no_grad()
     def standardise(self, batches):
-        """Measures and stores mean and std per channel of the counted latents in batches. Returns how many
-        channels are active: their mean differs from token to token, with a variance above 0.01."""
+        """Measures and stores mean and std per channel of the counted latents in batches. Returns how many channels are active: of a variance above 0.01."""
         mu = torch.cat([self.posterior(b.tokens, b.segment)[0][b.counted] for b in batches]).cpu().double()
         self.z_mean.copy_(mu.mean(0))
         self.z_std.copy_(mu.std(0).clamp(min=1e-6))
@@ -469,10 +467,9 @@ def flow_loss(dit, z_0, batch, generator):
     loss, *_ = denoising_loss(dit, z_0, context, batch.tokens, batch.segment, t, eps, block, n_guess=(B + 1) // 2)
     # the first block of a row from the middle of a text is no example of how texts begin: Corpus.batch gave its first token no weight
     is_target = (batch.segment == TARGET) & ((block > 0) | (batch.weight[:, :1] > 0))  # (B, N)
-    weight = batch.weight * is_target
     if dit.config.adaptive_times:
-        note_loss(dit.loss_at, loss.detach(), t[:, block], weight)
-    return weighted_mean(loss, weight)
+        note_loss(dit.loss_at, loss.detach(), t[:, block], batch.weight * is_target)
+    return weighted_mean(loss, batch.weight * is_target)
 
 
 def guided_estimate(dit, z, t, guess, context, segment, mask, cfg_scale, temperature=1.0, **more):
@@ -508,8 +505,7 @@ def denoise(dit, z, context, segment, mask, callback=None, steps=20, cfg_scale=3
 
 
 def rows_of(prompts, length, block_size, eot):
-    """tokens and segment (B, N) of prompts (lists of ids, maybe empty), each with room for `length` tokens more, or for
-    the rest of a row of block_size where length is 0."""
+    """tokens and segment (B, N) of prompts (lists of ids, maybe none), each with room for `length` tokens more; 0: for the rest of a row of block_size."""
     ends = [(len(prompt) + length) if length else block_size for prompt in prompts]
     tokens = [prompt + [eot] * (max(ends) - len(prompt)) for prompt in prompts]
     segment = [[CONTEXT] * len(p) + [TARGET] * (end - len(p)) + [PADDING] * (max(ends) - end) for p, end in zip(prompts, ends)]
@@ -601,9 +597,7 @@ class JointConfig(DiTConfig):
     hidden_mse: bool = option(True, "the decoder gives back hidden states, by squared error, and tokens do not shape latents: what lies near one stays readable")
     encoder_warmup: int = option(1000, "steps over which the diffusion loss begins to shape the encoder, which else yields before it can write; 0: from the start", 0)
     decoder_noise: float = option(1.5, "std of noise in the decoder's input, in training: it forgives the DiT its errors (deviation: the paper has 3); 0: none", 0)
-    teacher_layers: int = 0  # the frozen GPT's sizes
-    teacher_heads: int = 0
-    teacher_embd: int = 0
+    teacher: str = ""  # the frozen GPT's config, as JSON
 
 
 class Coder(nn.Module):
@@ -618,19 +612,18 @@ class Coder(nn.Module):
 
 
 class LDLM(nn.Module):
-    """Encoder and decoder between latents and the hidden states of a frozen GPT (its third-to-last layer), a decoder from those to tokens, and
-    the DiT. For sampling it takes the place of the TextVAE: `latents` and `to_tokens`."""
+    """Encoder and decoder between hidden states of a frozen GPT and latents, a decoder from those states to tokens, and the DiT. Samplers take it for a VAE."""
 
     def __init__(self, config):
         super().__init__()
-        self.config, C, H, V = config, config.channels, config.teacher_embd, config.vocab_size
-        self.teacher = GPT(TrunkConfig(config.teacher_layers, config.teacher_heads, H, config.block_size + 1, vocab_size=V)).requires_grad_(False)
-        self.encoder, self.decoder, self.token_decoder = Coder(config, H, C), Coder(config, C, H), Coder(config, H, V)
-        self.dit = TextDiT(config)
-        self.register_buffer("hidden_mean", torch.zeros(H))                     # of training data, as in REPA
-        self.register_buffer("hidden_std", torch.ones(H))
+        self.config, self.dit = config, TextDiT(config)
+        self.teacher = GPT(TrunkConfig(**json.loads(config.teacher))).requires_grad_(False)
+        C, E_teacher, V = config.channels, self.teacher.config.n_embd, config.vocab_size
+        self.encoder, self.decoder, self.token_decoder = Coder(config, E_teacher, C), Coder(config, C, E_teacher), Coder(config, E_teacher, V)
+        self.register_buffer("hidden_mean", torch.zeros(E_teacher))             # of training data, as in REPA
+        self.register_buffer("hidden_std", torch.ones(E_teacher))
 
-    def hidden(self, tokens):                                                   # (B, N) -> (B, N, H)
+    def hidden(self, tokens):                                                   # (B, N) -> (B, N, E_teacher)
         return (teacher_features(self.teacher, tokens, self.config.vocab_size - 1).float() - self.hidden_mean) / self.hidden_std
 
     def latents(self, tokens, segment, hidden=None):
@@ -644,20 +637,19 @@ class LDLM(nn.Module):
 def joint_loss(ldlm, batch, generator, step):
     """L_diff(gamma z + (1 - gamma) sg(z)) + L_h + L_w, a dict: gamma(s) scales the gradient of the diffusion loss into the encoder, and nothing else."""
     config, (tokens, segment, weight) = ldlm.config, batch
-    hidden = ldlm.hidden(tokens)                                                # (B, N, H)
+    hidden = ldlm.hidden(tokens)                                                # (B, N, E_teacher)
     z = ldlm.latents(tokens, segment, hidden)                                   # (B, N, C)
     gamma = 1 / (1 + math.exp(8 - 10 * step / config.encoder_warmup)) if config.encoder_warmup else 1  # 0.88 at the end of the warm-up
     losses = dict(diffusion=flow_loss(ldlm.dit, gamma * z + (1 - gamma) * z.detach(), batch, generator))
     noise = config.decoder_noise * torch.randn(z.shape, generator=generator, device=z.device)
-    hidden_hat = ldlm.decoder(z + noise, segment)                               # (B, N, H)
+    hidden_hat = ldlm.decoder(z + noise, segment)                               # (B, N, E_teacher)
     logits = ldlm.token_decoder(hidden_hat.detach() if config.hidden_mse else hidden_hat, segment)  # (B, N, V)
     losses["hidden"] = config.hidden_mse * weighted_mean((hidden_hat - hidden).square().mean(-1), weight)
     losses["word"] = weighted_mean(cross_entropy(logits, tokens), weight)
     return losses | dict(loss=sum(losses.values()))
 
 
-# ---- 7. Plumbing, once for all scripts: tokenizers, batches, command line, checkpoints, the training loop.
-# The models end above; a first reading can, too.
+# ---- 7. Plumbing, once for all scripts: tokenizers, batches, command line, checkpoints, the training loop. A first reading can end here.
 # How GPT-2 cuts text into words before it merges bytes (its published pattern); our own BPEs do the same.
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
@@ -964,10 +956,8 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=Tru
                 optimizer.zero_grad()
             step += 1
             if ema:  # unspecified: a decay of 0.999 from the start would leave a short run's average half initialisation
-                for a, p in zip(average.parameters(), model.parameters()):
-                    a.lerp_(p.detach(), 1 - min(0.999, (1 + step) / (10 + step)))
-                for a, p in zip(average.buffers(), model.buffers()):
-                    a.copy_(p)
+                for a, p in zip(average.state_dict().values(), model.state_dict().values()):
+                    a.lerp_(p, 1 - min(0.999, (1 + step) / (10 + step)))
             bar.update()
             if step % cfg.log_interval == 0:
                 report = dict(zip(report, sum_of_all(torch.stack(list(report.values()))).tolist()))

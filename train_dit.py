@@ -10,8 +10,9 @@ are the beginnings of other rows: equal to loss as long as the DiT makes nothing
 tokens that decode right from the DiT's estimate of the clean latents, `noisy` from the rescaled noisy ones, z_t / (1 - t).
 """
 
+import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from tqdm import tqdm
@@ -79,7 +80,7 @@ def main():
     if joint:
         teacher = load_teacher(stage.teacher or f"{cfg.out}/gpt.pt", corpus, device)
         longest, is_causal = teacher.config.block_size - 1, False
-        config.teacher_layers, config.teacher_heads, config.teacher_embd = teacher.config.n_layer, teacher.config.n_head, teacher.config.n_embd
+        config.teacher = json.dumps(asdict(teacher.config))
         loss_of = joint_loss
     else:
         state = load_checkpoint(stage.vae or f"{cfg.out}/vae.pt", "vae", "python train_vae.py makes one", corpus.tokenizer)
@@ -136,7 +137,7 @@ def main():
     weight_of = lambda batch: (batch.weight * (batch.segment == TARGET)).sum()
     if joint:
         ldlm = LDLM(config).to(device)
-        ldlm.teacher.load_state_dict(teacher.state_dict() | {"wpe.weight": teacher.wpe.weight[: config.block_size + 1]})
+        ldlm.teacher.load_state_dict(teacher.state_dict())
         ldlm.hidden_mean, ldlm.hidden_std = statistics_of(teacher, corpus, autocast, device)
         return train("dit", cfg, ldlm, corpus, loss_of, evaluate, weight_of, ema=True, joint=True)
     dit = TextDiT(config)
