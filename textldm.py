@@ -595,7 +595,7 @@ class JointConfig(DiTConfig):
     predict_latents: bool = True
     adaptive_times: bool = option(True, "times such that the loss grows evenly in their quantiles, not logit-normal ones")
     hidden_mse: bool = option(True, "the decoder gives back hidden states, by squared error, and tokens do not shape latents: what lies near one stays readable")
-    encoder_warmup: int = option(1000, "steps over which the diffusion loss begins to shape the encoder, which else yields before it can write; 0: from the start", 0)
+    encoder_warmup: int = option(3000, "steps over which the diffusion loss begins to shape the encoder; sooner, its latents shrink; 0: from the start", 0)
     decoder_noise: float = option(1.5, "std of noise in the decoder's input, in training: it forgives the DiT its errors (deviation: the paper has 3); 0: none", 0)
     teacher: str = ""  # the frozen GPT's config, as JSON
 
