@@ -388,7 +388,8 @@ class TextDiT(nn.Module):
         self.trunk = Trunk(config, config.adaln)
         self.to_output = nn.Linear(E, config.vocab_size if config.predict_tokens else config.channels)  # logits, the velocity or z_0
         self.register_buffer("latent_of", torch.zeros(config.vocab_size if config.predict_tokens else 0, config.channels))  # E[z_0 | token]
-        self.register_buffer("loss_at", torch.zeros(64 if config.adaptive_times else 0))  # its running mean at even times from 0 to 1
+        if config.adaptive_times:
+            self.register_buffer("loss_at", torch.zeros(64))                    # running means of the loss at even times from 0 to 1
         init_weights(self)
         nn.init.zeros_(self.to_output.weight)                                   # training starts from v = 0, or equal chances
 
@@ -641,8 +642,7 @@ def joint_loss(ldlm, batch, generator, step):
     z = ldlm.latents(tokens, segment, hidden)                                   # (B, N, C)
     gamma = 1 / (1 + math.exp(8 - 10 * step / config.encoder_warmup)) if config.encoder_warmup else 1  # 0.88 at the end of the warm-up
     losses = dict(diffusion=flow_loss(ldlm.dit, gamma * z + (1 - gamma) * z.detach(), batch, generator))
-    noise = config.decoder_noise * torch.randn(z.shape, generator=generator, device=z.device)
-    hidden_hat = ldlm.decoder(z + noise, segment)                               # (B, N, E_teacher)
+    hidden_hat = ldlm.decoder(z + config.decoder_noise * torch.randn(z.shape, generator=generator, device=z.device), segment)  # (B, N, E_teacher)
     logits = ldlm.token_decoder(hidden_hat.detach() if config.hidden_mse else hidden_hat, segment)  # (B, N, V)
     losses["hidden"] = config.hidden_mse * weighted_mean((hidden_hat - hidden).square().mean(-1), weight)
     losses["word"] = weighted_mean(cross_entropy(logits, tokens), weight)
