@@ -395,7 +395,7 @@ def test_guidance_scale_1_is_the_conditional_model_and_0_the_unconditional(dit):
 def test_euler_integrates_a_constant_velocity_exactly():
     v, z = torch.randn(2, N, C), torch.randn(2, N, C)
     for steps in (1, 7, 50):
-        times = times_of(torch.linspace(1, 0, steps + 1), TextDiT(DiTConfig(**SMALL, channels=C)))
+        times = times_of(torch.linspace(1, 0, steps + 1), TextDiT(DiTConfig(**SMALL, channels=C, predict_tokens=False)))
         assert times[0] == 1 and times[-1] == 0 and (times.diff() < 0).all()
         assert torch.allclose(euler(lambda z, t, guess: z - t * v, z, times), z - v, atol=1e-5)
 
@@ -412,14 +412,14 @@ def test_euler_error_halves_when_steps_double():
 
     estimate, errors = lambda z, t, guess: z - t * velocity(z, t), []
     for steps in (50, 100, 200, 400):
-        times = times_of(torch.linspace(1, 0, steps + 1), TextDiT(DiTConfig(**SMALL, channels=C, t_mean=0.0, t_std=1.5))).double()
+        times = times_of(torch.linspace(1, 0, steps + 1), TextDiT(DiTConfig(**SMALL, channels=C, predict_tokens=False, t_mean=0.0, t_std=1.5))).double()
         errors.append((euler(estimate, eps, times) - (m + s * eps)).abs().max().item())
     ratios = [a / b for a, b in zip(errors, errors[1:])]
     assert errors[0] < 0.1 and all(1.6 < r < 2.4 for r in ratios), (errors, ratios)
 
 
 def test_sampling_grid_follows_the_training_times():
-    times = times_of(torch.linspace(1, 0, 101), TextDiT(DiTConfig(**SMALL, channels=C, t_mean=0.8, t_std=0.7)))[1:-1]
+    times = times_of(torch.linspace(1, 0, 101), TextDiT(DiTConfig(**SMALL, channels=C, predict_tokens=False, t_mean=0.8, t_std=0.7)))[1:-1]
     logits = (torch.logit(times.double()) - 0.8) / 0.7
     assert torch.allclose(logits, torch.special.ndtri(torch.linspace(1, 0, 101).double())[1:-1], atol=1e-3)
 
