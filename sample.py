@@ -43,7 +43,7 @@ class SampleConfig(Config):
 def load_models(options, device):
     """(vae, dit, tokenizer) of matching checkpoints."""
     paths = options.vae or f"{options.out}/vae.pt", options.dit or f"{options.out}/dit.pt"
-    if not options.vae and Path(paths[1]).is_file() and "joint" in (d := load_checkpoint(paths[1], "dit", "python train_dit.py makes one")):  # LDLM: all in one
+    if Path(paths[1]).is_file() and "joint" in (d := load_checkpoint(paths[1], "dit", "python train_dit.py makes one")):  # LDLM: all in one
         ldlm = model_from(LDLM, JointConfig, d).to(device)
         return ldlm, ldlm.dit, d["tokenizer"]
     v = load_checkpoint(paths[0], "vae", "python train_vae.py makes one")

@@ -1018,6 +1018,9 @@ def test_joint_training_resumes_exactly_and_is_sampled_as_two_stages_are(home, t
     with pytest.raises(SystemExit):
         run("--latent_block=4")
     assert "and no --joint" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("--compile")
+    assert "goes with none of" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ Time     t = 1 is noise and t = 0 is data, everywhere. The path between them is 
 Rows     hold two texts, a context, then the target that continues it (Corpus.batch makes them). `segment` (B, N) marks tokens
          CONTEXT or TARGET, or PADDING, which fills shorter rows in sampling and is hidden from all else. A target that ends
          before its row is followed by a tail of end-of-text tokens. `weight` (B, N) is 1 for the counted tokens, text up to
-         and including its end-of-text, and TAIL_WEIGHT in the tail, which is trained lightly, so that samples stop. What
+         and including its end-of-text, and TAIL_WEIGHT in the tail, which is trained lightly, so that samples stop (0: Corpus.batch). What
          stages 1 and 2 minimise (`loss`) is averaged by weight; what else they report is over counted tokens.
 Blocks   With --latent_block the DiT is Cola DLM's, one network with another layout of the row: a row is one text, cut in blocks, and each
          of them is a target whose context is all before it. The VAE is then causal, and sampling (continue_in_blocks) need not end.
@@ -82,7 +82,7 @@ class Config:
                 raise UserError(f"--{f.name}={value!r}: expected {f.type.__name__}" + f" from {low} to {'any' if high is None else high}" * (f.type is not bool))
 
 
-# ---- 1. Blocks: the pre-norm Transformer that all four networks (GPT, encoder, decoder, DiT) are stacks of
+# ---- 1. Blocks: the pre-norm Transformer that all networks (GPT, encoder, decoder, DiT) are stacks of
 @dataclass
 class TrunkConfig(Config):
     n_layer: int = option(4, "Transformer blocks", 1, 999)
@@ -121,7 +121,7 @@ class Attention(nn.Module):
             k, v = torch.cat((memory[0], k), dim=2), torch.cat((memory[1], v), dim=2)  # (B, H, N_past + N, D) each
         if keep:
             memory[:] = k[:, :, -keep:], v[:, :, -keep:]
-        if x.device.type == "cpu":
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
             torch.backends.cuda.enable_flash_sdp(N > 128)                       # the plain kernel is up to twice as fast on short rows, and a third on long ones
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.c_proj(y.transpose(1, 2).reshape(B, N, E))                  # (B, N, E)
@@ -402,8 +402,8 @@ class TextDiT(nn.Module):
 
     def forward(self, x, segment, t, guess, mask=None, last=0, **more):
         """x (B, N, C), clean (or dropped: zero) where segment is CONTEXT, noisy where TARGET; t (B, M), one time for a row, or
-        one for each block; guess (B, N, C), an earlier estimate of the targets' z_0, or zero. Returns velocities (B, N, C), or with
-        `predict_tokens` logits (B, N, V), of the `last` tokens (0: of all). mask and more (when, position, memory, keep) go to the Transformer."""
+        one for each block; guess (B, N, C), an earlier estimate of the targets' z_0, or zero. Returns velocities or z_0 (B, N, C), or
+        logits (B, N, V), of the `last` tokens (0: of all). mask and more (when, position, memory, keep) go to the Transformer."""
         is_target = segment == TARGET                                           # (B, N)
         h = self.from_latent(x) + self.segment_emb(is_target.long())            # (B, N, E)
         if self.config.self_condition:
@@ -432,7 +432,7 @@ def times_of(u, dit):
 
 
 def denoising_loss(dit, z_0, context, tokens, segment, t, eps, block, n_guess=0):
-    """The loss (B, N) of each token as a target: cross-entropy or, of velocities, flow matching's squared error (Eq. 5 of [TextLDM]). For
+    """The loss (B, N) of each token as a target: cross-entropy or the squared error of velocities (Eq. 5 of [TextLDM]) or of z_0. For
     latents z_0 and noise eps (B, N, C), tokens and segment (B, N), the block (N,) of each token, times t (B, M) of the M blocks; context
     (B, N, C) is z_0, or zeros in rows where it is dropped. Self-conditioning [AB]: a sample is told what the step before estimated; in training the
     first n_guess rows are told what a first pass estimates. Returns also what `estimate` takes: output, z_t and its times (B, N)."""
@@ -583,7 +583,7 @@ def adaptive_times(u, loss_at):
     return torch.from_numpy(np.interp(u.cpu().double(), cdf / cdf[-1], even)).to(u)
 
 
-def note_loss(loss_at, loss, t, weight):  # (K,), then (B, N) each
+def note_loss(loss_at, loss, t, weight):  # (K,), then (B, N) each. Of several processes the first one's counts
     nearest = (t * (len(loss_at) - 1)).round().long().flatten()                 # (B N,)
     total, count = (torch.zeros_like(loss_at).index_add(0, nearest, x.flatten()) for x in (loss * weight, weight))  # (K,) each
     loss_at.lerp_(torch.where(count > 0, total / count.clamp(min=1e-9), loss_at), 0.1)
@@ -760,7 +760,7 @@ class TrainConfig(Config):
 
 # --recipe=paper: the paper's choice wherever an option's default is a `deviation:`
 PAPER = dict(repa=1.0, repa_latents=False, adaln=False, predict_tokens=False, self_condition=False, from_decoder=False,
-             t_mean=0.0, t_std=1.5, muon=False)
+             t_mean=0.0, t_std=1.5, muon=False, decoder_noise=3.0)
 
 
 def at_scale(n_layer, n_head, n_embd, max_steps=200_000, **more):
@@ -871,7 +871,7 @@ class Objective(nn.ModuleDict):  # a loss as the forward of a module, for Distri
 
 def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=True, ema=False, **extra):
     """The loop of all stages. loss_of(net, batch, generator, step) and evaluate(model) return dicts with `loss`, the latter on
-    val; weight_of(batch) is the sum of the weights that `loss` is a mean by; extra is what else a resumed run must share. Writes STAGE.pt (best
+    val; weight_of(batch) is the sum of the weights that `loss` is a mean by, or about that; extra is what else a resumed run must share. Writes STAGE.pt (best
     by val; of averaged weights with `ema`), STAGE_last.pt and STAGE.jsonl. All randomness comes from (seed, step, micro-batch): there
     is no state of it to save, and under torchrun K processes of A micro-batches each compute what one with K A does."""
     (device, autocast), out = pick_device(cfg.device), Path(cfg.out)

@@ -5,7 +5,8 @@
     python train_dit.py --joint --out=out/ldlm --teacher=out/gpt.pt # LDLM: the latents too, in one stage, after bench/train_gpt.py
 
 Watch the table by t. `loss` is what training minimises (nats a token, or the velocity's squared error), here over counted
-tokens, with no context dropped and every row told a first estimate; its mean over the nine t chooses the best checkpoint. `shuffled` is the same when the contexts
+tokens, with no context dropped and every row told a first estimate; its mean over the nine t chooses the best checkpoint (with --joint `loss` is
+the latents' squared error, and `nats`, a token's cross-entropy decoded from the DiT's estimates, chooses). `shuffled` is the same when the contexts
 are the beginnings of other rows: equal to loss as long as the DiT makes nothing of its context. `predicted` is the share of
 tokens that decode right from the DiT's estimate of the clean latents, `noisy` from the rescaled noisy ones, z_t / (1 - t).
 """
@@ -60,9 +61,9 @@ def begin_as_decoder(dit, vae):
 @torch.no_grad()
 def look_at_latents(ldlm, rows, corpus):
     """One line in which a collapse shows while it happens. The other numbers do not show it."""
-    z = ldlm.latents(rows.tokens, rows.segment)[rows.counted]                   # (tokens, C)
-    std, clean = z.std(0), ldlm.to_tokens(ldlm.latents(rows.tokens, rows.segment), rows.segment) == rows.tokens
-    spread = torch.linalg.eigvalsh(z.T.cov().double())                          # (C,)
+    z = ldlm.latents(rows.tokens, rows.segment)                                 # (B, N, C)
+    clean, z = ldlm.to_tokens(z, rows.segment) == rows.tokens, z[rows.counted].cpu()  # (B, N), (tokens, C)
+    std, spread = z.std(0), torch.linalg.eigvalsh(z.T.cov().double())           # (C,) each
     texts = continue_texts(ldlm, ldlm.dit, [[]] * 64, 0, corpus.eot, cfg_scale=1.0)
     tokens, of_rows = (torch.tensor(x).bincount().float() for x in (sum(texts, []), rows.tokens[:64][rows.counted[:64]].tolist()))
     entropy, real = (-(p / p.sum()).xlogy(p / p.sum()).sum() for p in (tokens, of_rows))
@@ -77,6 +78,8 @@ def main():
     corpus, val = (Corpus(cfg.data, split, config.block_size, whole=config.latent_block > 0) for split in ("train", "val"))
     device, autocast = pick_device(cfg.device)
     config.vocab_size = corpus.meta["vocab_size"]
+    if joint != stage.joint or joint and (cfg.compile or stage.vae):
+        raise UserError("--joint goes with none of --no-joint, --compile and --vae")
     if joint:
         teacher = load_teacher(stage.teacher or f"{cfg.out}/gpt.pt", corpus, device)
         longest, is_causal = teacher.config.block_size - 1, False

@@ -30,7 +30,7 @@ def load_teacher(source, corpus, device):
     teacher, tokenizer = GPT.from_pretrained(source)
     if tokenizer != corpus.tokenizer:
         raise UserError(f"the teacher {source} and {corpus.path.parent} have different tokenizers; "
-                        "train one on this data with bench/train_gpt.py, or use --teacher=none")
+                        "train one on this data with bench/train_gpt.py (train_vae.py takes --teacher=none, too)")
     return teacher.to(device).requires_grad_(False)
 
 

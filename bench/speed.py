@@ -1,6 +1,6 @@
 """How fast: training steps, sampling, preparing data, and how time grows. One run, one table, one JSON file.
 
-    python bench/speed.py                                             # tiny, on the embedded docs; about ten minutes on two cores
+    python bench/speed.py                                             # tiny, on the embedded docs; with --batches=1 about ten minutes on two cores
     python bench/speed.py --nanogpt=FOLDER                            # beside nanoGPT: a folder with its model.py, which we do not copy
     python bench/speed.py --parts=train,sample --preset=small --compile --data=data/owt2 --nanogpt=FOLDER            # on a GPU
 
@@ -10,8 +10,8 @@ matrix products. On a CPU all time in Corpus.batch is `waiting`; on a GPU it is 
 """
 
 import contextlib
-import ctypes
 import copy
+import ctypes
 import importlib.util
 import json
 import math
@@ -66,6 +66,8 @@ def peak_memory(device):
 
 def memory_of(device, work):
     """Bytes that work takes at most beyond what is in use before it (Linux with glibc, or a GPU)."""
+    if device.type != "cuda" and not Path("/proc/self/clear_refs").exists():
+        return work() or math.nan
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
