@@ -43,11 +43,13 @@ class SampleConfig(Config):
 def load_models(options, device):
     """(vae, dit, tokenizer) of matching checkpoints."""
     paths = options.vae or f"{options.out}/vae.pt", options.dit or f"{options.out}/dit.pt"
-    if Path(paths[1]).is_file() and "joint" in (d := load_checkpoint(paths[1], "dit", "python train_dit.py makes one")):  # LDLM: all in one
+    d = load_checkpoint(paths[1], "dit", "python train_dit.py makes one") if Path(paths[1]).is_file() else {}
+    if "joint" in d:  # LDLM: all in one
         ldlm = model_from(LDLM, JointConfig, d).to(device)
         return ldlm, ldlm.dit, d["tokenizer"]
     v = load_checkpoint(paths[0], "vae", "python train_vae.py makes one")
-    d = load_checkpoint(paths[1], "dit", "python train_dit.py makes one", v.get("tokenizer"))
+    if not d or d.get("tokenizer") != v.get("tokenizer"):  # load_checkpoint says which
+        d = load_checkpoint(paths[1], "dit", "python train_dit.py makes one", v.get("tokenizer"))
     vae, dit = model_from(TextVAE, VAEConfig, v), model_from(TextDiT, DiTConfig, d)
     if d.get("vae") != vae.z_mean.tolist():
         raise UserError(f"{paths[1]} was trained on the latents of another VAE than {paths[0]}; name that one with --vae")

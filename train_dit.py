@@ -141,7 +141,7 @@ def main():
     if joint:
         ldlm = LDLM(config).to(device)
         ldlm.teacher.load_state_dict(teacher.state_dict())
-        ldlm.hidden_mean, ldlm.hidden_std = statistics_of(teacher, corpus, autocast, device)
+        ldlm.hidden_mean, ldlm.hidden_std = statistics_of(teacher, corpus.fixed_batches(16, device), corpus.eot, autocast)
         return train("dit", cfg, ldlm, corpus, loss_of, evaluate, weight_of, ema=True, joint=True)
     dit = TextDiT(config)
     if config.predict_tokens:

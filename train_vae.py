@@ -35,10 +35,10 @@ def load_teacher(source, corpus, device):
 
 
 @torch.no_grad()
-def statistics_of(teacher, corpus, autocast, device):
-    """Mean and std (E_teacher,) of the teacher's features on training data."""
+def statistics_of(teacher, batches, eot, autocast):
+    """Mean and std (E_teacher,) of the teacher's features in batches."""
     with autocast:
-        f = torch.cat([teacher_features(teacher, b.tokens, corpus.eot)[b.counted] for b in corpus.fixed_batches(16, device)]).float()
+        f = torch.cat([teacher_features(teacher, b.tokens, eot)[b.counted] for b in batches]).float()  # (tokens, E_teacher)
     return f.mean(0), f.std(0).clamp(min=1e-6)
 
 
@@ -59,7 +59,7 @@ def main():
     rows = val.fixed_batches(4, device)
     sample = corpus.fixed_batches(16, device)  # of training data, for statistics
     if teacher is not None:
-        vae.teacher_mean, vae.teacher_std = statistics_of(teacher, corpus, autocast, device)
+        vae.teacher_mean, vae.teacher_std = statistics_of(teacher, sample, corpus.eot, autocast)
 
     def loss_of(net, batch, generator, step):
         beta = config.beta * min(step / max(config.beta_warmup, 1), 1)

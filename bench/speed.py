@@ -66,17 +66,16 @@ def peak_memory(device):
 
 def memory_of(device, work):
     """Bytes that work takes at most beyond what is in use before it (Linux with glibc, or a GPU)."""
-    if device.type != "cuda" and not Path("/proc/self/clear_refs").exists():
-        return work() or math.nan
+    before = math.nan
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-    else:
+    elif Path("/proc/self/clear_refs").exists():
         ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, and is not mistaken for memory in use
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
         before = resident("VmRSS")
     work()
-    return peak_memory(device) - before
+    return math.nan if math.isnan(before) else peak_memory(device) - before
 
 
 def wait_for(device):
