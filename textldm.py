@@ -423,6 +423,11 @@ class TextDiT(nn.Module):
 
 
 # ---- 5. Flow matching [FM]: the loss, and the sampler ----------------------------------------------------
+def interpolant(t):
+    """alpha, sigma of z_t = alpha z_0 + sigma eps at times t, and their derivatives, of which the velocity is made: the straight path."""
+    return 1 - t, t, -1, 1
+
+
 def times_of(u, dit):
     """Quantiles u in [0, 1] -> times, of a logit-normal (section 3.1 of [SD3]) or LDLM's. The loss draws u at random, the sampler steps
     through it evenly: so it steps finely where the model was trained most (section 3.2 of [TextLDM])."""
@@ -437,7 +442,8 @@ def denoising_loss(dit, z_0, context, tokens, segment, t, eps, block, n_guess=0)
     (B, N, C) is z_0, or zeros in rows where it is dropped. Self-conditioning [AB]: a sample is told what the step before estimated; in training the
     first n_guess rows are told what a first pass estimates. Returns also what `estimate` takes: output, z_t and its times (B, N)."""
     (B, N, _), at = z_0.shape, t[:, block]                                      # (B, N)
-    z_t = (1 - at[..., None]) * z_0 + at[..., None] * eps                       # (B, N, C)
+    alpha, sigma, d_alpha, d_sigma = interpolant(at[..., None])                 # (B, N, 1)
+    z_t, velocity = alpha * z_0 + sigma * eps, d_alpha * z_0 + d_sigma * eps    # (B, N, C) each
     if not dit.config.latent_block:
         x, more = torch.where((segment == TARGET)[..., None], z_t, context), {}  # (B, N, C)
     else:  # Cola DLM takes a row twice at once, [clean ; noisy], so that each block is a target with its clean history
@@ -452,7 +458,7 @@ def denoising_loss(dit, z_0, context, tokens, segment, t, eps, block, n_guess=0)
             guess[:n_guess, -N:] = dit.estimate(output, z_t[:n_guess], at[:n_guess])
         torch.clear_autocast_cache()  # before torch 2.10 the second pass would reuse weights cast without a gradient (pytorch#112583)
     output = dit(x, segment, t, guess, **more)                                  # (B, N, V), or (B, N, C)
-    loss = cross_entropy(output, tokens) if dit.config.predict_tokens else (output - (z_0 if dit.config.predict_latents else eps - z_0)).square().mean(-1)
+    loss = cross_entropy(output, tokens) if dit.config.predict_tokens else (output - (z_0 if dit.config.predict_latents else velocity)).square().mean(-1)
     return loss, output, z_t, at
 
 
@@ -476,7 +482,7 @@ def flow_loss(dit, z_0, batch, generator):
 
 def guided_estimate(dit, z, t, guess, context, segment, mask, cfg_scale, temperature=1.0, **more):
     """e_u + w (e_c - e_u) [CFG], of the estimates of z_0 with and without the context (B, N, C), for noisy latents z (B, N, C) at time t;
-    both are told the same guess, guided (B, N, C), of the step before. To guide estimates is to guide velocities, (z - e) / t. w = 1 needs e_c only."""
+    both are told the same guess, guided (B, N, C), of the step before. To guide estimates is to guide velocities, linear in them. w = 1 needs e_c only."""
     is_target, t = (segment == TARGET)[..., None], t.expand(len(z), 1)          # (B, N, 1), (B, 1)
     x = torch.where(is_target, z, context)                                      # (B, N, C)
     if cfg_scale == 1:
@@ -488,14 +494,16 @@ def guided_estimate(dit, z, t, guess, context, segment, mask, cfg_scale, tempera
 
 
 def euler(estimate, z, times, callback=None):
-    """Integrates dz/dt = eps - z_0 along times (steps + 1,), from noise z (B, N, C) to data, with z_0 = estimate(z, t, guess), whose
-    guess is the one of the step before. callback(t, z_0) sees each."""
+    """Integrates dz/dt along times (steps + 1,), from noise z (B, N, C) to data, with z_0 = estimate(z, t, guess), whose guess is the
+    one of the step before. callback(t, z_0) sees each."""
     guess = torch.zeros_like(z)
     for t, t_next in zip(times[:-1], times[1:]):
         guess = estimate(z, t, guess)
         if callback is not None:
             callback(t, guess)
-        z = z + (t_next - t) * (z - guess) / t                                  # eps - z_0, as z = (1 - t) z_0 + t eps
+        alpha, sigma, d_alpha, d_sigma = interpolant(t)
+        eps = (z - alpha * guess) / sigma                                       # the noise that is in z, if guess is right
+        z = z + (t_next - t) * (d_alpha * guess + d_sigma * eps)
     return z
 
 

@@ -8,7 +8,7 @@ Watch the table by t. `loss` is what training minimises (nats a token, or the ve
 tokens, with no context dropped and every row told a first estimate; its mean over the nine t chooses the best checkpoint (with --joint `loss` is
 the latents' squared error, and `nats`, a token's cross-entropy decoded from the DiT's estimates, chooses). `shuffled` is the same when the contexts
 are the beginnings of other rows: equal to loss as long as the DiT makes nothing of its context. `predicted` is the share of
-tokens that decode right from the DiT's estimate of the clean latents, `noisy` from the rescaled noisy ones, z_t / (1 - t).
+tokens that decode right from the DiT's estimate of the clean latents, `noisy` from the rescaled noisy ones, z_t / alpha.
 """
 
 import json
@@ -19,8 +19,8 @@ import torch
 from tqdm import tqdm
 
 from textldm import (CONTEXT, LDLM, TARGET, Config, Corpus, DiTConfig, JointConfig, TextDiT, TextVAE, TrainConfig, UserError, VAEConfig,
-                     at_scale, command_line, continue_texts, cross_entropy, denoising_loss, flow_loss, joint_loss, load_checkpoint,
-                     model_from, option, pick_device, run, train, weighted_mean)
+                     at_scale, command_line, continue_texts, cross_entropy, denoising_loss, flow_loss, interpolant, joint_loss,
+                     load_checkpoint, model_from, option, pick_device, run, train, weighted_mean)
 from train_vae import load_teacher, statistics_of
 
 # unspecified: depth and width, chosen to match the paper's 114M, 328M and 768M parameters
@@ -121,7 +121,8 @@ def main():
             loss, *of = denoising_loss(dit, z_0, z_0, tokens, segment, times, eps, block, n_guess=len(z_0))
             shuffled, *_ = denoising_loss(dit, z_0, strange, tokens, segment, times, eps, block, n_guess=len(z_0))
             predicted = dit.estimate(*of)
-            noisy = z_0 + t / (1 - t) * eps                                     # z_t / (1 - t)
+            alpha, sigma, *_ = interpolant(t)
+            noisy = z_0 + sigma / alpha * eps                                   # z_t / alpha
             table.append(dict(t=round(t.item(), 1), loss=mean(loss), shuffled=mean(shuffled),
                               noisy=mean(space.to_tokens(noisy, segment) == tokens), predicted=mean(space.to_tokens(predicted, segment) == tokens)))
             if joint:  # an error of latents that move says nothing; nats a token of what the estimates decode to do, and choose the best

@@ -50,16 +50,16 @@ def main():
     teacher, source = None, stage.teacher or f"{cfg.out}/gpt.pt"
     if source != "none":
         teacher = load_teacher(source, corpus, device)
-        config.teacher_embd = teacher.config.n_embd
         corpus.N = val.N = min(corpus.N, teacher.config.block_size - 1)  # room for its end-of-text token
     config.block_size = corpus.N
+    sample = corpus.fixed_batches(16, device)  # of training data, for statistics
+    mean, std = statistics_of(teacher, sample, corpus.eot, autocast) if teacher else (torch.zeros(0), torch.ones(0))  # (E_teacher,) each
+    config.teacher_embd = len(mean)
     torch.manual_seed(cfg.seed)
     vae = TextVAE(config).to(device)
+    vae.teacher_mean, vae.teacher_std = mean, std
     features = lambda batch: None if teacher is None else teacher_features(teacher, batch.tokens, corpus.eot)
     rows = val.fixed_batches(4, device)
-    sample = corpus.fixed_batches(16, device)  # of training data, for statistics
-    if teacher is not None:
-        vae.teacher_mean, vae.teacher_std = statistics_of(teacher, sample, corpus.eot, autocast)
 
     def loss_of(net, batch, generator, step):
         beta = config.beta * min(step / max(config.beta_warmup, 1), 1)

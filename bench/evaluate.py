@@ -16,7 +16,7 @@ is collapse), NLL says fluent and not relevant, and ROUGE rewards frequent words
     textldm   ours
 KIND:PATH names another checkpoint (of textldm: folder), and LABEL=KIND:PATH gives a row a name. Knobs (guidance, steps, temperature, nucleus) are chosen on one half of the prompts, to be
 nearest to real text in NLL and entropy, and reported on the other; the sweep, on that other half, is the frontier.
-Writes OUT/eval.json (everything), OUT/eval.md (the tables) and OUT/frontier.png.
+Writes OUT/eval.json (everything) and OUT/eval.md (the tables); bench/plots.py draws the frontier.
 """
 
 import json
@@ -443,27 +443,6 @@ def tables(result, ours):
     return "\n".join(out) + "\n"
 
 
-def draw_frontier(path, frontier, real):
-    try:
-        import matplotlib
-    except ImportError:
-        return print("frontier: pip install matplotlib for the picture")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.figure(figsize=(8, 6))
-    plt.gca().set_prop_cycle(color=plt.colormaps["tab20"].colors)
-    for name, points in frontier.items():
-        for knob, curve in curves_of(points).items():
-            plt.plot([p["entropy"] for p in curve], [p["nll"] for p in curve], "o-", label=f"{name}, {knob}")
-            for p in curve:
-                plt.annotate(f"{p['knob'][running(p['knob'])]:g}", (p["entropy"], p["nll"]), fontsize=6)
-    plt.plot(real["entropy"], real["nll"], "k*", markersize=14, label="real text")
-    plt.xlabel("unigram entropy at equal token count, nats")
-    plt.ylabel("generative NLL, nats a token")
-    plt.legend(fontsize=6)
-    plt.savefig(path, dpi=120)
-
-
 def machine(device):
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "") \
         if Path("/proc/cpuinfo").exists() else platform.processor()
@@ -561,7 +540,6 @@ def main():
     write_whole(out / "eval.json", json.dumps(result, default=float))
     write_whole(out / "eval.md", text)
     print(text)
-    draw_frontier(out / "frontier.png", frontier, real)
 
 
 if __name__ == "__main__":
