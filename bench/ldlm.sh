@@ -7,10 +7,10 @@
 #     LONG="500 1400" bash bench/ldlm.sh docs        # other steps of long's VAE and DiT, where your machine's seconds are others
 set -euo pipefail
 cd "$(dirname "$0")/.."
-corpus=${1:-docs} steps=800 judge="--n_layer=6 --n_embd=256 --max_steps=1000"
+corpus=${1:-docs} judge="--n_layer=6 --n_embd=256 --max_steps=1000"
 case $corpus in
-    docs) vocabulary=2048 ruler=512 rows="--batch_size=96 --block_size=32" even="300 500" long=${LONG:-500 1000} judge+=" --batch_size=64 --block_size=64" ;;
-    names) vocabulary=4096 ruler=2048 rows="" even="400 400" long=${LONG:-800 700} ;;
+    docs) steps=800 vocabulary=2048 ruler=512 rows="--batch_size=96 --block_size=32" even="300 500" long=${LONG:-500 1000} judge+=" --batch_size=64 --block_size=64" ;;
+    names) steps=500 vocabulary=4096 ruler=2048 rows="" even="250 250" long=${LONG:-600 500} ;;
     *) echo "error: docs or names" >&2; exit 2 ;;
 esac
 data=data/$corpus out=out/ldlm_$corpus

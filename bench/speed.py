@@ -3,6 +3,7 @@
     python bench/speed.py                                             # tiny, on the embedded docs; with --batches=1 about ten minutes on two cores
     python bench/speed.py --nanogpt=FOLDER                            # beside nanoGPT: a folder with its model.py, which we do not copy
     python bench/speed.py --parts=train,sample --preset=small --compile --data=data/owt2 --nanogpt=FOLDER            # on a GPU
+    python bench/speed.py --parts=presets --data=data/owt2                                                           # what each preset wants
 
 Machines drift, so what is compared runs in turns, a few steps each, and the tables have medians of the rounds. Tokens are those of rows, of which
 `text` is the share that is not padding. `of peak` is the FLOPs of forward and backward, as torch counts them, over the best of a few large
@@ -39,7 +40,7 @@ SCRIPTS = dict(gpt="bench/train_gpt.py", vae="train_vae.py", dit="train_dit.py")
 
 @dataclass
 class SpeedConfig(Config):
-    parts: str = option("train,sample,prepare,growth", "which, with commas")
+    parts: str = option("train,sample,prepare,growth", "which, with commas (and presets: FLOPs and memory, counted, not timed)")
     preset: str = option("tiny", "of the three training scripts")
     data: str = option("data/docs", "a prepared corpus")
     nanogpt: str = option("", "folder with nanoGPT's model.py, to be measured beside ours")
@@ -410,6 +411,47 @@ def growth(options, V):
     return rows
 
 
+# ---------------------------------------------------------------------------------------------------------
+# What the presets want
+
+
+def presets(V):
+    """For each stage and preset of rows of 1,024 tokens, by doing a step on one row and on two, on the CPU: parameters, FLOPs of forward and backward a token of its rows, GB of
+    weights, gradients, AdamW's moments and (of the DiT) the average, and GB of activations a row, those that are kept for the backward pass."""
+    device, autocast = pick_device("cpu")
+    gpt, vae, _ = networks("small", 1025, V, device)  # a teacher reads an end-of-text before a row
+    vae = TextVAE(replace(vae.config, teacher_embd=gpt.config.n_embd))
+    generator, rows = torch.Generator(), []
+    row_of = lambda n: textldm.Batch(torch.zeros(n, 1024, dtype=torch.long), (torch.arange(1024) >= 256).long().repeat(n, 1), torch.ones(n, 1024))
+
+    def count(stage, preset, net, loss_of):
+        def step(n):
+            kept = {}
+
+            def keep(x):
+                kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+                return x
+            with FlopCounterMode(display=False) as counter, autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                loss = loss_of(row_of(n))
+                held = sum(kept.values())
+                loss.backward()
+            net.zero_grad()
+            return held, counter.get_total_flops()
+        (one, flops), (two, _), n = step(1), step(2), sum(p.numel() for p in net.parameters())
+        rows.append(dict(stage=stage, preset=preset, parameters=f"{n / 1e6:.0f}M", gflop_per_token=flops / 1024 / 1e9,
+                         state_gb=n * (20 if stage == "dit" else 16) / 1e9, row_gb=(two - one) / 1e9))
+
+    teacher = copy.deepcopy(gpt).requires_grad_(False)
+    count("gpt", "small", gpt, lambda row: textldm.cross_entropy(gpt(row.tokens), row.tokens).mean())
+    del gpt
+    count("vae", "all", vae, lambda row: vae(row, textldm.teacher_features(teacher, row.tokens, 0), generator=generator)["loss"])
+    vae.requires_grad_(False)
+    for preset in ("small", "medium", "large"):
+        dit = networks(preset, 1024, V, device)[2]
+        count("dit", preset, dit, lambda row: textldm.flow_loss(dit, vae.latents(row.tokens, row.segment), row, generator))
+    return rows
+
+
 def table(rows):
     lines = []
     for row in rows:
@@ -427,8 +469,8 @@ def main():
     options, = command_line(__doc__, SpeedConfig)
     device, autocast = pick_device(options.device)
     V = Corpus(options.data, "train", 64).meta["vocab_size"]
-    if unknown := set(options.parts.split(",")) - {"train", "sample", "prepare", "growth"}:
-        raise UserError(f"--parts={options.parts}: {', '.join(sorted(unknown))} is none of train, sample, prepare, growth")
+    if unknown := set(options.parts.split(",")) - {"train", "sample", "prepare", "growth", "presets"}:
+        raise UserError(f"--parts={options.parts}: {', '.join(sorted(unknown))} is none of train, sample, prepare, growth, presets")
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     peak = matmul_peak(device, autocast)
@@ -438,7 +480,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for part in options.parts.split(","):
             report[part] = dict(train=lambda: training(options, Path(folder), peak), sample=lambda: sampling(options, V),
-                                prepare=lambda: preparing(options, Path(folder)), growth=lambda: growth(options, V))[part]()
+                                prepare=lambda: preparing(options, Path(folder)), growth=lambda: growth(options, V), presets=lambda: presets(V))[part]()
             print(f"\n{part}\n{table(report[part])}", flush=True)
             write_whole(options.out, json.dumps(report, indent=1))
 
