@@ -605,7 +605,7 @@ class JointConfig(DiTConfig):
     predict_latents: bool = True
     adaptive_times: bool = option(True, "times such that the loss grows evenly in their quantiles, not logit-normal ones")
     hidden_mse: bool = option(True, "the decoder gives back hidden states, by squared error, and tokens do not shape latents: what lies near one stays readable")
-    encoder_warmup: int = option(3000, "steps over which the diffusion loss begins to shape the encoder; sooner, its latents shrink; 0: from the start", 0)
+    encoder_warmup: int = option(400, "steps over which the diffusion loss begins to shape the encoder, half of a short run's; 0: from the start", 0)
     decoder_noise: float = option(1.5, "std of noise in the decoder's input, in training: it forgives the DiT its errors (deviation: the paper has 3); 0: none", 0)
     teacher: str = ""  # the frozen GPT's config, as JSON
 
@@ -877,10 +877,10 @@ class Objective(nn.ModuleDict):  # a loss as the forward of a module, for Distri
         return loss_of(self["net"], *micro_batch)
 
 
-def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=True, ema=False, **extra):
+def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=True, ema=False, keep_last=False, **extra):
     """The loop of all stages. loss_of(net, batch, generator, step) and evaluate(model) return dicts with `loss`, the latter on
     val; weight_of(batch) is the sum of the weights that `loss` is a mean by, or about that; extra is what else a resumed run must share. Writes STAGE.pt (best
-    by val; of averaged weights with `ema`), STAGE_last.pt and STAGE.jsonl. All randomness comes from (seed, step, micro-batch): there
+    by val, or the latest with `keep_last`; of averaged weights with `ema`), STAGE_last.pt and STAGE.jsonl. All randomness comes from (seed, step, micro-batch): there
     is no state of it to save, and under torchrun K processes of A micro-batches each compute what one with K A does."""
     (device, autocast), out = pick_device(cfg.device), Path(cfg.out)
     rank, world = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun sets them
@@ -978,10 +978,10 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=Tru
                 if not math.isfinite(val["loss"]):
                     raise UserError(f"step {step}: the val loss is not finite; --resume, or start again, at a lower --learning_rate")
                 print(json.dumps(dict(step=step, val=val)), file=log, flush=True)
-                if val["loss"] < best:
+                if keep_last or val["loss"] < best:
                     best = val["loss"]
                     write_whole(out / f"{stage}.pt", dict(model=average.state_dict(), step=step, **identity))
                 save()
     if step < cfg.max_steps:
         sys.exit(f"{stage}: stopped after step {step}; the same command with --resume goes on from there")
-    print(f"{stage}: wrote {out / f'{stage}.pt'} (best by val loss) and {last} (to --resume)")
+    print(f"{stage}: wrote {out / f'{stage}.pt'} ({'the latest' if keep_last else 'best by val loss'}) and {last} (to --resume)")

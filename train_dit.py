@@ -5,8 +5,8 @@
     python train_dit.py --joint --out=out/ldlm --teacher=out/gpt.pt # LDLM: the latents too, in one stage, after bench/train_gpt.py
 
 Watch the table by t. `loss` is what training minimises (nats a token, or the velocity's squared error), here over counted
-tokens, with no context dropped and every row told a first estimate; its mean over the nine t chooses the best checkpoint (with --joint `loss` is
-the latents' squared error, and `nats`, a token's cross-entropy decoded from the DiT's estimates, chooses). `shuffled` is the same when the contexts
+tokens, with no context dropped and every row told a first estimate; its mean over the nine t chooses the best checkpoint (with --joint it is
+the squared error of latents that move, which says nothing: the latest is kept). `shuffled` is the same when the contexts
 are the beginnings of other rows: equal to loss as long as the DiT makes nothing of its context. `predicted` is the share of
 tokens that decode right from the DiT's estimate of the clean latents, `noisy` from the rescaled noisy ones, z_t / alpha.
 """
@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from textldm import (CONTEXT, LDLM, TARGET, Config, Corpus, DiTConfig, JointConfig, TextDiT, TextVAE, TrainConfig, UserError, VAEConfig,
-                     at_scale, command_line, continue_texts, cross_entropy, denoising_loss, flow_loss, interpolant, joint_loss,
+                     at_scale, command_line, continue_texts, denoising_loss, flow_loss, interpolant, joint_loss,
                      load_checkpoint, model_from, option, pick_device, run, train, weighted_mean)
 from train_vae import load_teacher, statistics_of
 
@@ -125,8 +125,6 @@ def main():
             noisy = z_0 + sigma / alpha * eps                                   # z_t / alpha
             table.append(dict(t=round(t.item(), 1), loss=mean(loss), shuffled=mean(shuffled),
                               noisy=mean(space.to_tokens(noisy, segment) == tokens), predicted=mean(space.to_tokens(predicted, segment) == tokens)))
-            if joint:  # an error of latents that move says nothing; nats a token of what the estimates decode to do, and choose the best
-                table[-1]["nats"] = mean(cross_entropy(net.token_decoder(net.decoder(predicted, segment), segment), tokens))
         lines = ["".join(f"{k:>11}" for k in table[0])] + ["".join(f"{x:11.4f}" for x in row.values()) for row in table]
         prompts = [row[: n // 2 if b else cut].tolist()[: N // 2] for row, cut, n in zip(tokens[:4], cuts, lengths)]
         scale = 3.0 if config.context_drop else 1.0
@@ -136,14 +134,14 @@ def main():
         if joint:
             lines.append(look_at_latents(net, rows, corpus))
         tqdm.write("\n".join(lines))
-        return dict(loss=sum(r["nats" if joint else "loss"] for r in table) / len(table), table=table)
+        return dict(loss=sum(r["loss"] for r in table) / len(table), table=table)
 
     weight_of = lambda batch: (batch.weight * (batch.segment == TARGET)).sum()
     if joint:
         ldlm = LDLM(config).to(device)
         ldlm.teacher.load_state_dict(teacher.state_dict())
         ldlm.hidden_mean, ldlm.hidden_std = statistics_of(teacher, corpus.fixed_batches(16, device), corpus.eot, autocast)
-        return train("dit", cfg, ldlm, corpus, loss_of, evaluate, weight_of, ema=True, joint=True)
+        return train("dit", cfg, ldlm, corpus, loss_of, evaluate, weight_of, ema=True, keep_last=True, joint=True)
     dit = TextDiT(config)
     if config.predict_tokens:
         dit.latent_of.copy_(latents_of_tokens(vae, corpus.fixed_batches(64, device)))

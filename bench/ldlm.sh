@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 corpus=${1:-docs} judge="--n_layer=6 --n_embd=256 --max_steps=1000"
 case $corpus in
     docs) steps=800 vocabulary=2048 ruler=512 rows="--batch_size=96 --block_size=32" even="300 500" long=${LONG:-500 1000} judge+=" --batch_size=64 --block_size=64" ;;
-    names) steps=500 vocabulary=4096 ruler=2048 rows="" even="250 250" long=${LONG:-600 500} ;;
+    names) steps=400 vocabulary=4096 ruler=2048 rows="" even="200 200" long=${LONG:-400 450} ;;
     *) echo "error: docs or names" >&2; exit 2 ;;
 esac
 data=data/$corpus out=out/ldlm_$corpus
@@ -28,7 +28,7 @@ two_stages() {  # two_stages FOLDER SEED VAE_STEPS DIT_STEPS
     once $1 train_dit.py --data=$data --seed=$2 --max_steps=$4
 }
 seed() {
-    local joint="train_dit.py --joint --data=$data --seed=$1 --max_steps=$steps --eval_interval=200 --teacher=$out/s$1/gpt.pt"
+    local joint="train_dit.py --joint --data=$data --seed=$1 --max_steps=$steps --eval_interval=$((steps / 2)) --encoder_warmup=$((steps / 2)) --teacher=$out/s$1/gpt.pt"
     once $out/s$1 bench/train_gpt.py --data=$data --seed=$1
     once $out/ldlm$1 $joint
     two_stages $out/long$1 $1 $long
