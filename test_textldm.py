@@ -995,7 +995,8 @@ def test_joint_training_resumes_exactly_and_is_sampled_as_two_stages_are(home, t
                "--max_steps=4", "--eval_interval=2", "--batch_size=8", "--device=cpu", *(f"--{k}={v}" for k, v in SMALL.items()), *more)
     run()
     whole, batch, calls = load_checkpoint(tmp_path / "dit_last.pt", "dit", ""), Corpus.batch, []
-    assert "of their variance is between tokens" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "of their variance is between tokens" in said and "dit.pt (the latest)" in said
 
     def stop_at_the_third(self, rng, B, *rest, **more):
         calls.append(B)
@@ -1137,6 +1138,16 @@ def test_training_learns_and_remembers(home, tmp_path):
         best, last = (load_checkpoint(tmp_path / f"{stage}{end}.pt", stage, "") for end in ("", "_last"))
         averaged = any(not torch.equal(last["model"][k], last["average"][k]) for k in last["model"])
         assert averaged == (stage == "dit") and best["step"] in range(2, 61, 2)
+
+
+@pytest.mark.parametrize("keep_last, step", [(False, 2), (True, 4)])
+def test_the_best_checkpoint_is_kept_or_where_asked_the_latest(home, tmp_path, keep_last, step):
+    corpus, val = Corpus(home / "data", "train", N), iter((2.0, 1.0, 4.0, 3.0))
+    gpt = GPT(TrunkConfig(**SMALL, block_size=N, vocab_size=corpus.meta["vocab_size"]))
+    loss_of = lambda net, batch, generator, step: dict(loss=textldm.cross_entropy(net(batch.tokens), batch.tokens).mean())
+    cfg = textldm.TrainConfig(out=str(tmp_path), max_steps=4, eval_interval=1, batch_size=4, device="cpu")
+    textldm.train("gpt", cfg, gpt, corpus, loss_of, lambda model: dict(loss=next(val)), lambda batch: batch.weight.sum(), keep_last=keep_last)
+    assert load_checkpoint(tmp_path / "gpt.pt", "gpt", "")["step"] == step
 
 
 def test_sample_writes_continues_and_warns(home, tmp_path, capsys):
