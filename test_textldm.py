@@ -400,6 +400,24 @@ def test_euler_integrates_a_constant_velocity_exactly():
         assert torch.allclose(euler(lambda z, t, guess: z - t * v, z, times), z - v, atol=1e-5)
 
 
+def test_another_path_is_another_interpolant(monkeypatch):
+    """A cosine path for the straight one: the derivatives make a velocity, of which `estimate` finds the data, and sampling arrives where it should."""
+    angle = lambda t: math.pi / 2 * torch.as_tensor(t)
+    monkeypatch.setattr(textldm, "interpolant", lambda t: (angle(t).cos(), angle(t).sin(), -math.pi / 2 * angle(t).sin(), math.pi / 2 * angle(t).cos()))
+    dit, (z_0, eps, t) = TextDiT(DiTConfig(**SMALL, channels=C, predict_tokens=False, self_condition=False)), (torch.randn(4, N, C), torch.randn(4, N, C), torch.rand(4, 1))
+    at = lambda t: angle(t).cos() * z_0 + angle(t).sin() * eps
+    dit.forward = lambda x, *_: ((at(t[..., None] + 1e-3) - at(t[..., None] - 1e-3)) / 2e-3)
+    loss, output, z_t, times = denoising_loss(dit, z_0, z_0, None, torch.full((4, N), TARGET), t, eps, ONE)
+    assert loss.max() < 1e-4 and torch.allclose(dit.estimate(output, z_t, times), z_0, atol=1e-2)
+    mean, std = 0.7, 0.4  # of the data: the flow takes eps to mean + std eps
+    share = lambda t: angle(t).cos() * std**2 / ((angle(t).cos() * std) ** 2 + angle(t).sin() ** 2)
+    estimate, errors = lambda z, t, guess: mean + share(t) * (z - angle(t).cos() * mean), []
+    for steps in (50, 100, 200):
+        z = euler(estimate, eps.double(), torch.linspace(1, 0, steps + 1).double())
+        errors.append((z - (mean + std * eps)).abs().max().item())
+    assert errors[0] < 0.1 and all(1.6 < a / b < 2.4 for a, b in zip(errors, errors[1:])), errors
+
+
 def test_euler_error_halves_when_steps_double():
     """Data N(m, s^2): z_t is normal with variance q = ((1-t)s)^2 + t^2, so E[eps - z_0 | z_t] is linear in z_t, and
     the flow takes eps to m + s eps."""

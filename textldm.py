@@ -415,7 +415,8 @@ class TextDiT(nn.Module):
         """The clean latents, E[z_0 | x] (B, N, C), from forward's output for x (B, N, C) at times t (B, N or 1). A temperature below 1
         makes them those of likelier tokens, if it predicts tokens."""
         if not self.config.predict_tokens:
-            return output if self.config.predict_latents else x - t[..., None] * output  # or where the path ends if it is straight
+            alpha, sigma, d_alpha, d_sigma = interpolant(t[..., None])          # and a velocity is solved for z_0: x - t v if the path is straight
+            return output if self.config.predict_latents else (d_sigma * x - sigma * output) / (alpha * d_sigma - sigma * d_alpha)
         # E[z_0 | x] is the sum over tokens of p(token | x) E[z_0 | token, x]. `latent_of` ignores the rest of x: it has E[z_0 | token].
         # So what a latent holds beyond its token (train_dit.py prints how much) is in contexts and in training's targets, not in samples.
         with torch.autocast(output.device.type, enabled=False):                 # guidance takes differences of estimates
@@ -495,15 +496,15 @@ def guided_estimate(dit, z, t, guess, context, segment, mask, cfg_scale, tempera
 
 def euler(estimate, z, times, callback=None):
     """Integrates dz/dt along times (steps + 1,), from noise z (B, N, C) to data, with z_0 = estimate(z, t, guess), whose guess is the
-    one of the step before. callback(t, z_0) sees each."""
+    one of the step before. callback(t, z_0) sees each. A step goes along the path of z_0 and the noise that is in z if z_0 is right:
+    if it is straight, z + (t_next - t) (eps - z_0), Euler's."""
     guess = torch.zeros_like(z)
     for t, t_next in zip(times[:-1], times[1:]):
         guess = estimate(z, t, guess)
         if callback is not None:
             callback(t, guess)
-        alpha, sigma, d_alpha, d_sigma = interpolant(t)
-        eps = (z - alpha * guess) / sigma                                       # the noise that is in z, if guess is right
-        z = z + (t_next - t) * (d_alpha * guess + d_sigma * eps)
+        (alpha, sigma, *_), (alpha_next, sigma_next, *_) = interpolant(t), interpolant(t_next)
+        z = alpha_next * guess + sigma_next * (z - alpha * guess) / sigma
     return z
 
 
