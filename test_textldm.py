@@ -26,7 +26,7 @@ import train_dit
 import train_vae
 from sample import generate
 from textldm import (CONTEXT, GPT, PADDING, TARGET, Batch, Corpus, DiTConfig, TextDiT, TextVAE, TrunkConfig, UserError, VAEConfig,
-                     continue_texts, denoising_loss, euler, flow_loss, guided_estimate, load_checkpoint, teacher_features, times_of,
+                     continue_texts, denoising_loss, euler, flow_loss, guided_estimate, load_checkpoint, teacher_features,
                      write_whole)
 
 ROOT = Path(__file__).parent
@@ -84,7 +84,7 @@ def all_of(z):  # the mask that hides nothing
 
 
 def loss_on(dit, vae, batch, seed):
-    return flow_loss(dit, vae.latents(batch.tokens, batch.segment), batch, torch.Generator().manual_seed(seed))
+    return flow_loss(dit, vae.latents(batch.tokens, batch.segment), batch, torch.Generator().manual_seed(seed))[0]
 
 
 def script(path, *arguments):
@@ -395,7 +395,7 @@ def test_guidance_scale_1_is_the_conditional_model_and_0_the_unconditional(dit):
 def test_euler_integrates_a_constant_velocity_exactly():
     v, z = torch.randn(2, N, C), torch.randn(2, N, C)
     for steps in (1, 7, 50):
-        times = times_of(torch.linspace(1, 0, steps + 1), TextDiT(DiTConfig(**SMALL, channels=C, predict_tokens=False)))
+        times = TextDiT(DiTConfig(**SMALL, channels=C, predict_tokens=False)).times(torch.linspace(1, 0, steps + 1))
         assert times[0] == 1 and times[-1] == 0 and (times.diff() < 0).all()
         assert torch.allclose(euler(lambda z, t, guess: z - t * v, z, times), z - v, atol=1e-5)
 
@@ -430,14 +430,14 @@ def test_euler_error_halves_when_steps_double():
 
     estimate, errors = lambda z, t, guess: z - t * velocity(z, t), []
     for steps in (50, 100, 200, 400):
-        times = times_of(torch.linspace(1, 0, steps + 1), TextDiT(DiTConfig(**SMALL, channels=C, predict_tokens=False, t_mean=0.0, t_std=1.5))).double()
+        times = TextDiT(DiTConfig(**SMALL, channels=C, predict_tokens=False, t_mean=0.0, t_std=1.5)).times(torch.linspace(1, 0, steps + 1)).double()
         errors.append((euler(estimate, eps, times) - (m + s * eps)).abs().max().item())
     ratios = [a / b for a, b in zip(errors, errors[1:])]
     assert errors[0] < 0.1 and all(1.6 < r < 2.4 for r in ratios), (errors, ratios)
 
 
 def test_sampling_grid_follows_the_training_times():
-    times = times_of(torch.linspace(1, 0, 101), TextDiT(DiTConfig(**SMALL, channels=C, predict_tokens=False, t_mean=0.8, t_std=0.7)))[1:-1]
+    times = TextDiT(DiTConfig(**SMALL, channels=C, predict_tokens=False, t_mean=0.8, t_std=0.7)).times(torch.linspace(1, 0, 101))[1:-1]
     logits = (torch.logit(times.double()) - 0.8) / 0.7
     assert torch.allclose(logits, torch.special.ndtri(torch.linspace(1, 0, 101).double())[1:-1], atol=1e-3)
 
@@ -905,7 +905,7 @@ def test_speed_measures_a_gpt_with_a_cache_that_writes_what_it_does_without(home
 def ldlm(**options):
     torch.manual_seed(0)
     config = textldm.JointConfig(**SMALL, block_size=N, vocab_size=V, channels=8, coder_layers=1,
-                                  teacher=json.dumps(dict(SMALL, n_layer=3, block_size=N + 1, vocab_size=V)), **options)
+                                  teacher_config=json.dumps(dict(SMALL, n_layer=3, block_size=N + 1, vocab_size=V)), **options)
     model = randomise(textldm.LDLM(config), scale=0.1)
     model.teacher.requires_grad_(False)
     return model
@@ -980,17 +980,17 @@ def test_adaptive_times_follow_the_loss():
     dit, K = model.dit, len(model.dit.loss_at)
     for flat in (0.0, 1.0):
         dit.loss_at.fill_(flat)
-        assert torch.allclose(times_of(torch.linspace(0, 1, 11), dit), torch.linspace(0, 1, 11), atol=1e-6), "even, where the loss is"
+        assert torch.allclose(dit.times(torch.linspace(0, 1, 11)), torch.linspace(0, 1, 11), atol=1e-6), "even, where the loss is"
     dit.loss_at.copy_(0.3 + torch.linspace(0, 1, K) ** 2)
-    t = times_of(torch.rand(200_000), dit)
+    t = dit.times(torch.rand(200_000))
     density = torch.histc(t, 10, 0, 1) / len(t) * 10
     assert torch.allclose(density, 0.9 * 2 * (torch.arange(10) + 0.5) / 10 + 0.1, atol=0.03)
     dit.loss_at.zero_()
     real, batch = textldm.denoising_loss, Batch(*(x.repeat(16, 1) for x in make_batch()))
     try:
-        textldm.denoising_loss = lambda dit, z_0, context, tokens, segment, t, eps, block, n_guess: (torch.where(segment == TARGET, t[:, block] ** 2, 9.0), None)
+        textldm.denoising_loss = lambda dit, z_0, context, tokens, segment, t, eps, block, n_guess: (torch.where(segment == TARGET, t[:, block] ** 2, 9.0), None, None, t[:, block])
         for i in range(400):
-            flow_loss(dit, torch.zeros(64, N, 8), batch, torch.Generator().manual_seed(i))
+            dit.note(*flow_loss(dit, torch.zeros(64, N, 8), batch, torch.Generator().manual_seed(i))[1])
     finally:
         textldm.denoising_loss = real
     error = (dit.loss_at - torch.linspace(0, 1, K) ** 2).abs()
@@ -1003,7 +1003,7 @@ def test_without_self_conditioning_nothing_is_told(dit):
     without.load_state_dict({k: v for k, v in dit.state_dict().items() if "from_guess" not in k})
     dit.from_guess.weight.data.zero_()
     z, batch = torch.randn(4, N, C), make_batch()
-    a, b = (flow_loss(net, z, batch, torch.Generator().manual_seed(0)) for net in (dit, without))
+    a, b = (flow_loss(net, z, batch, torch.Generator().manual_seed(0))[0] for net in (dit, without))
     assert torch.equal(a, b)
 
 

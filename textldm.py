@@ -9,19 +9,19 @@ Unofficial and educational, after [TextLDM]: text becomes latents, one a token; 
     sample   prompt --encoder--> context;  noise --Euler--> target --decoder--> text  continue_texts, sample.py
 
 Shapes   B rows in a batch      N tokens in a row           V tokens in the vocabulary
-         E width of a network   H heads of D = E / H        C channels of a latent
+         E width of a network   H heads of D = E / H        C channels of a latent        M times in a row: 1, or one a block
 Time     t = 1 is noise and t = 0 is data, everywhere. The path between them is straight,
          z_t = (1 - t) z_0 + t eps, so its velocity is dz_t/dt = eps - z_0.
 Rows     hold two texts, a context, then the target that continues it (Corpus.batch makes them). `segment` (B, N) marks tokens
          CONTEXT or TARGET, or PADDING, which fills shorter rows in sampling and is hidden from all else. A target that ends
-         before its row is followed by a tail of end-of-text tokens. `weight` (B, N) is 1 for the counted tokens, text up to
-         and including its end-of-text, and TAIL_WEIGHT in the tail, which is trained lightly, so that samples stop (0: Corpus.batch). What
-         stages 1 and 2 minimise (`loss`) is averaged by weight; what else they report is over counted tokens.
+         before its row is followed by a tail of end-of-text tokens. `weight` (B, N) is 1 for text up to and with its end-of-text (the
+         counted tokens) and TAIL_WEIGHT in the tail, enough to learn to stop. (Cola DLM: 0 for the first token of a row from the middle
+         of a text.) Training minimises means by weight, in stage 2 of targets; what else is reported is over counted tokens.
 Blocks   With --latent_block the DiT is Cola DLM's, one network with another layout of the row: a row is one text, cut in blocks, and each
          of them is a target whose context is all before it. The VAE is then causal, and sampling (continue_in_blocks) need not end.
-         (`block` is always one of latents. A layer of a Transformer is a Block, and block_size, nanoGPT's name, is the length of a row.)
+         A first reading can leave out what depends on latent_block. (block_size, nanoGPT's name, is the length of a row.)
 Latents  z are raw in TextVAE's forward, `posterior` and `decode`, and of mean 0 and std 1 per channel everywhere else.
-LDLM     learns latents and DiT together, in part 6, which a first reading can leave out. There they are of mean 0 and std 1 over a token's channels.
+LDLM     learns latents and DiT together, in part 6. There they are of mean 0 and std 1 over a token's channels.
 Tags     `unspecified:` the paper is silent and the choice is ours.   `deviation:` we do otherwise.
 [TextLDM] Jiang et al. 2026, arXiv 2605.07748   [VAE] Kingma, Welling 2013, 1312.6114    [CFG] Ho, Salimans 2022, 2207.12598
 [Cola] Guo et al. 2026, 2605.06548   [LDLM] Meshchaninov et al. 2026, 2605.07933   [GPT2] Radford et al. 2019    [RoPE] Su et al. 2021, 2104.09864    [DiT] Peebles, Xie 2022, 2212.09748
@@ -88,7 +88,7 @@ class TrunkConfig(Config):
     n_layer: int = option(4, "Transformer blocks", 1, 999)
     n_head: int = option(4, "attention heads", 1)
     n_embd: int = option(192, "width of the residual stream", 1)
-    block_size: int = option(64, "longest row in tokens; where rows are documents, at most the length that 99% of them have", 2, 2**16)
+    block_size: int = option(64, "longest row in tokens; where rows are documents, no longer than 99% of them are", 2, 2**16)
     recompute: bool = option(False, "save memory: the backward pass computes each block again")
     vocab_size: int = 0  # the corpus's
 
@@ -112,17 +112,18 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(n_embd, n_embd)
 
     def forward(self, x, position=None, mask=None, causal=False, memory=None, keep=0):
-        """memory, for Cola DLM's history, is [] or [keys, values] (B, H, N_past, D) of earlier tokens, which x sees too. keep > 0: those
-        of x are appended, in place, and the last `keep` remain."""
+        """memory, for Cola DLM's history, is [] or [keys, values] (B, H, N_past, D) of earlier tokens, which x sees too. keep > 0: x's own
+        are appended to it, in place, and the last `keep` remain."""
         B, N, E = x.shape
         qkv = self.c_attn(x).view(B, N, 3, self.n_head, E // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, N, D)
-        q, k, v = *(qkv[:2] if position is None else rotate(qkv[:2], position)), qkv[2]  # (B, H, N, D) each
+        q, k, v = qkv                                                           # (B, H, N, D) each
+        q, k = (q, k) if position is None else (rotate(q, position), rotate(k, position))
         if memory:
             k, v = torch.cat((memory[0], k), dim=2), torch.cat((memory[1], v), dim=2)  # (B, H, N_past + N, D) each
         if keep:
             memory[:] = k[:, :, -keep:], v[:, :, -keep:]
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            torch.backends.cuda.enable_flash_sdp(N > 128)                       # the plain kernel is up to twice as fast on short rows, and a third on long ones
+            torch.backends.cuda.enable_flash_sdp(N > 128)                       # also a CPU's: flash takes twice as long on short rows, and a third on long ones
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.c_proj(y.transpose(1, 2).reshape(B, N, E))                  # (B, N, E)
 
@@ -138,7 +139,7 @@ class Block(nn.Module):
             c_fc=nn.Linear(n_embd, 4 * n_embd), gelu=nn.GELU(), c_proj=nn.Linear(4 * n_embd, n_embd)))
         self.adaln = nn.Linear(n_embd, 6 * n_embd) if adaln else None
 
-    def forward(self, x, time_emb=None, when=slice(None), **attention):         # (B, N, E), (B, M, E), (N,)
+    def forward(self, x, time_emb=None, when=slice(None), **attention):         # x (B, N, E), time_emb (B, M, E), when (N,): which of the M
         if self.adaln is None:
             x = x + self.attn(self.ln_1(x), **attention)
             return x + self.mlp(self.ln_2(x))
@@ -157,11 +158,11 @@ class Trunk(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.recompute = config.recompute
 
-    def through(self, blocks, x, time_emb=None, memory=None, **more):           # (B, N, E) -> (B, N, E)
+    def through(self, layers, x, time_emb=None, memory=None, **more):           # (B, N, E) -> (B, N, E)
         recompute = self.recompute and torch.is_grad_enabled()
-        for i, block in enumerate(blocks):
-            more["memory"] = memory[i] if memory else None                      # each block has its own
-            x = checkpoint(block, x, time_emb, **more, use_reentrant=False) if recompute else block(x, time_emb, **more)
+        for i, layer in enumerate(layers):
+            more["memory"] = memory[i] if memory else None                      # each layer has its own
+            x = checkpoint(layer, x, time_emb, **more, use_reentrant=False) if recompute else layer(x, time_emb, **more)
         return x
 
     def forward(self, x, mask=None, time_emb=None, position=None, **more):      # (B, N, E) -> (B, N, E)
@@ -195,8 +196,8 @@ class GPT(Trunk):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        for block in self.h:
-            block.mlp.gelu = nn.GELU("tanh")                                    # an approximation that is slower on today's CPUs
+        for layer in self.h:
+            layer.mlp.gelu = nn.GELU("tanh")                                    # the other networks have the exact one, faster on today's CPUs
         init_weights(self)
 
     def hidden_states(self, tokens, layer):
@@ -332,7 +333,7 @@ class TextVAE(nn.Module):
         return int((mu.var(0) > 0.01).sum())
 
     def latents(self, tokens, segment):
-        """tokens (B, N) -> standardised latents z_0 (B, N, C). unspecified: they are means, for targets, too; samples have noise that nothing can predict."""
+        """tokens (B, N) -> standardised latents z_0 (B, N, C). unspecified: they are means, for targets, too: the noise of a draw cannot be predicted."""
         return (self.posterior(tokens, segment)[0] - self.z_mean) / self.z_std
 
     def to_tokens(self, z, segment):
@@ -348,8 +349,6 @@ class DiTConfig(TrunkConfig):
     latent_block: int = option(0, "0: TextLDM, one target; more: Cola DLM, blocks of so many latents, each given all before it", 0, 2**15)
     context_drop: float = option(0.1, "share of rows trained without their context, for guidance (the paper's); if 0, sample with --cfg=1", 0, 1)
     predict_tokens: bool = option(True, "deviation: predict p(token), from which the velocity follows")
-    predict_latents: bool = False  # LDLM's: else predict clean latents, not velocities
-    adaptive_times: bool = False  # LDLM's
     self_condition: bool = option(True, "deviation: tell the DiT what it estimated a step before")
     t_mean: float = option(0.8, "logit-normal times: mean (deviation: the paper has 0)", -9, 9)
     t_std: float = option(1.0, "logit-normal times: std (deviation: the paper has 1.5)", 1e-3, 9)
@@ -366,9 +365,7 @@ def who_sees_whom(segment, block):
         noisy    0   . . .   x . .
                  1   x . .   . x .
                  2   x x .   . . x
-
-    TextLDM needs no mask: context and target see each other. So its context has to be read again at every step of sampling; here
-    what is clean does not know of what is noisy, and is read once."""
+    TextLDM needs no mask: context and target see each other. So its context is read again at every step of sampling; here, once."""
     earlier, same = block[:, None] > block, block[:, None] == block             # is the key's block earlier than the query's?
     return earlier & (segment == CONTEXT) | same & (segment[:, None] == segment)
 
@@ -387,117 +384,117 @@ class TextDiT(nn.Module):
         if config.adaln:
             self.time_mlp = nn.Sequential(nn.Linear(E, E), nn.SiLU(), nn.Linear(E, E), nn.SiLU())
         self.trunk = Trunk(config, config.adaln)
-        self.to_output = nn.Linear(E, config.vocab_size if config.predict_tokens else config.channels)  # logits, the velocity or z_0
-        self.register_buffer("latent_of", torch.zeros(config.vocab_size if config.predict_tokens else 0, config.channels))  # E[z_0 | token]
-        if config.adaptive_times:
-            self.register_buffer("loss_at", torch.zeros(64))                    # running means of the loss at even times from 0 to 1
+        self.to_output = nn.Linear(E, config.vocab_size if config.predict_tokens else config.channels)  # logits, or the velocity
+        self.register_buffer("latent_of", torch.zeros(config.vocab_size if config.predict_tokens else 0, config.channels))  # E[z_0 | token]: train_dit.py measures it
         init_weights(self)
         nn.init.zeros_(self.to_output.weight)                                   # training starts from v = 0, or equal chances
 
     def time_embedding(self, t):
-        """Sinusoids of t (B, M) as in [DiT], whose times run to 1000: without that factor all t look alike."""
+        """Sinusoids of t (B, M) as in [DiT], whose times run to 1000: without that factor all t look nearly alike."""
         half = self.config.n_embd // 2
         angle = 1000 * t[..., None] * 10000 ** (-torch.arange(half, device=t.device) / half)  # (B, M, E/2)
         return self.time_mlp(torch.cat((angle.cos(), angle.sin()), dim=-1))     # (B, M, E)
 
-    def forward(self, x, segment, t, guess, mask=None, last=0, **more):
+    def times(self, u):
+        """Quantiles u in [0, 1] -> times, of a logit-normal (section 3.1 of [SD3]). The loss draws u at random, the sampler steps through it evenly:
+        so it steps finely where the model was trained most (section 3.2 of [TextLDM])."""
+        return torch.sigmoid(self.config.t_mean + self.config.t_std * math.sqrt(2) * torch.erfinv(2 * u - 1))
+
+    def forward(self, x, segment, t, guess, mask=None, last=0, **cola):
         """x (B, N, C), clean (or dropped: zero) where segment is CONTEXT, noisy where TARGET; t (B, M), one time for a row, or
-        one for each block; guess (B, N, C), an earlier estimate of the targets' z_0, or zero. Returns velocities or z_0 (B, N, C), or
-        logits (B, N, V), of the `last` tokens (0: of all). mask and more (when, position, memory, keep) go to the Transformer."""
+        one for each block; guess (B, N, C), an earlier estimate of the targets' z_0, or zero. Returns velocities (B, N, C), or
+        logits (B, N, V), of the `last` tokens (0: of all). mask and cola (of blocks: when, position, memory, keep) go to the Transformer."""
         is_target = segment == TARGET                                           # (B, N)
         h = self.from_latent(x) + self.segment_emb(is_target.long())            # (B, N, E)
         if self.config.self_condition:
             h = h + self.from_guess(guess * is_target[..., None])
-        h = self.trunk(h, mask, self.time_embedding(t) if self.config.adaln else None, **more)
-        return self.to_output(h[:, -last:]).float()
+        h = self.trunk(h, mask, self.time_embedding(t) if self.config.adaln else None, **cola)
+        return self.to_output(h[:, -last:]).float()                             # -0 is 0: all
+
+    def error(self, output, tokens, z_0, eps, t):
+        """What training minimises (B, N), of forward's output for tokens (B, N), or for latents z_0 and noise eps (B, N, C) at times t (B, N)."""
+        if self.config.predict_tokens:
+            return cross_entropy(output, tokens)                                # no velocity in it: `estimate` makes z_0 of the output, `euler` steps of that
+        _, _, d_alpha, d_sigma = interpolant(t[..., None])
+        return (output - (d_alpha * z_0 + d_sigma * eps)).square().mean(-1)     # Eq. 5 of [TextLDM]
 
     def estimate(self, output, x, t, temperature=1.0):
-        """The clean latents, E[z_0 | x] (B, N, C), from forward's output for x (B, N, C) at times t (B, N or 1). A temperature below 1
-        makes them those of likelier tokens, if it predicts tokens."""
+        """The clean latents, E[z_0 | x] (B, N, C), of targets, from forward's output for x (B, N, C) at times t (B, N or 1). A temperature
+        below 1 makes them those of likelier tokens, if it predicts tokens."""
         if not self.config.predict_tokens:
-            alpha, sigma, d_alpha, d_sigma = interpolant(t[..., None])          # and a velocity is solved for z_0: x - t v if the path is straight
-            return output if self.config.predict_latents else (d_sigma * x - sigma * output) / (alpha * d_sigma - sigma * d_alpha)
+            alpha, sigma, d_alpha, d_sigma = interpolant(t[..., None])
+            return (d_sigma * x - sigma * output) / (alpha * d_sigma - sigma * d_alpha)  # x - t v, if the path is straight
         # E[z_0 | x] is the sum over tokens of p(token | x) E[z_0 | token, x]. `latent_of` ignores the rest of x: it has E[z_0 | token].
         # So what a latent holds beyond its token (train_dit.py prints how much) is in contexts and in training's targets, not in samples.
-        with torch.autocast(output.device.type, enabled=False):                 # guidance takes differences of estimates
+        with torch.autocast(output.device.type, enabled=False):                 # in fp32, as guidance takes differences of estimates
             return (output / max(temperature, 1e-4)).softmax(-1) @ self.latent_of
 
 
 # ---- 5. Flow matching [FM]: the loss, and the sampler ----------------------------------------------------
 def interpolant(t):
-    """alpha, sigma of z_t = alpha z_0 + sigma eps at times t, and their derivatives, of which the velocity is made: the straight path."""
+    """The path at times t, z_t = alpha z_0 + sigma eps, here the straight one: alpha, sigma and their derivatives by t."""
     return 1 - t, t, -1, 1
 
 
-def times_of(u, dit):
-    """Quantiles u in [0, 1] -> times, of a logit-normal (section 3.1 of [SD3]) or LDLM's. The loss draws u at random, the sampler steps
-    through it evenly: so it steps finely where the model was trained most (section 3.2 of [TextLDM])."""
-    if dit.config.adaptive_times:
-        return adaptive_times(u, dit.loss_at)
-    return torch.sigmoid(dit.config.t_mean + dit.config.t_std * math.sqrt(2) * torch.erfinv(2 * u - 1))
-
-
 def denoising_loss(dit, z_0, context, tokens, segment, t, eps, block, n_guess=0):
-    """The loss (B, N) of each token as a target: cross-entropy or the squared error of velocities (Eq. 5 of [TextLDM]) or of z_0. For
-    latents z_0 and noise eps (B, N, C), tokens and segment (B, N), the block (N,) of each token, times t (B, M) of the M blocks; context
-    (B, N, C) is z_0, or zeros in rows where it is dropped. Self-conditioning [AB]: a sample is told what the step before estimated; in training the
-    first n_guess rows are told what a first pass estimates. Returns also what `estimate` takes: output, z_t and its times (B, N)."""
-    (B, N, _), at = z_0.shape, t[:, block]                                      # (B, N)
-    alpha, sigma, d_alpha, d_sigma = interpolant(at[..., None])                 # (B, N, 1)
-    z_t, velocity = alpha * z_0 + sigma * eps, d_alpha * z_0 + d_sigma * eps    # (B, N, C) each
+    """The loss (B, N) of each token as if it were a target, TextDiT.error, and what `estimate` takes: output, z_t and its times (B, N). For latents z_0
+    and noise eps (B, N, C), tokens and segment (B, N), the block (N,) of each token (0, but for Cola DLM), times t (B, M); context (B, N, C) is z_0,
+    or zeros in rows where it is dropped. Self-conditioning [AB]: a sample is told what the step before estimated; in training the first n_guess
+    rows are told what a first pass estimates, the rest zeros, as in the first step of sampling."""
+    B, N, _ = z_0.shape
+    at = t[:, block]                                                            # (B, N): the time of each token
+    alpha, sigma, *_ = interpolant(at[..., None])                               # (B, N, 1) each
+    z_t = alpha * z_0 + sigma * eps                                             # (B, N, C)
     if not dit.config.latent_block:
-        x, more = torch.where((segment == TARGET)[..., None], z_t, context), {}  # (B, N, C)
+        x, cola = torch.where((segment == TARGET)[..., None], z_t, context), {}  # (B, N, C)
     else:  # Cola DLM takes a row twice at once, [clean ; noisy], so that each block is a target with its clean history
         side, twice = torch.tensor((CONTEXT, TARGET), device=z_t.device).repeat_interleave(N), block.repeat(2)  # (2 N,) each
         x, segment, t = torch.cat((context, z_t), dim=1), side.expand(B, -1), F.pad(t, (1, 0))  # (B, 2 N, C), (B, 2 N), (B, 1 + M)
-        more = dict(when=torch.where(side == TARGET, 1 + twice, 0),             # (2 N,): clean tokens are at t = 0, noisy ones at their block's
+        cola = dict(when=torch.where(side == TARGET, 1 + twice, 0),             # (2 N,): clean tokens are at t = 0, noisy ones at their block's
                     mask=who_sees_whom(side, twice), position=torch.arange(N, device=x.device).repeat(2), last=N)
     guess = torch.zeros_like(x)
     if dit.config.self_condition and n_guess:
         with torch.no_grad():
-            output = dit(x[:n_guess], segment[:n_guess], t[:n_guess], guess[:n_guess], **more)
+            output = dit(x[:n_guess], segment[:n_guess], t[:n_guess], guess[:n_guess], **cola)
             guess[:n_guess, -N:] = dit.estimate(output, z_t[:n_guess], at[:n_guess])
         torch.clear_autocast_cache()  # before torch 2.10 the second pass would reuse weights cast without a gradient (pytorch#112583)
-    output = dit(x, segment, t, guess, **more)                                  # (B, N, V), or (B, N, C)
-    loss = cross_entropy(output, tokens) if dit.config.predict_tokens else (output - (z_0 if dit.config.predict_latents else velocity)).square().mean(-1)
-    return loss, output, z_t, at
+    output = dit(x, segment, t, guess, **cola)                                  # (B, N, V), or (B, N, C)
+    return dit.error(output, tokens, z_0, eps, at), output, z_t, at
 
 
 def flow_loss(dit, z_0, batch, generator):
-    """The loss of stage 2 on a batch with latents z_0 (B, N, C); times, noise, dropped contexts and the limits of blocks come from the generator."""
+    """The loss of stage 2 on a batch with latents z_0 (B, N, C), and each token's loss, time and weight (B, N). What is random comes from the generator."""
     (B, N, _), b, device = z_0.shape, dit.config.latent_block, z_0.device
     block = torch.zeros(N, dtype=torch.long, device=device)                     # TextLDM: a row has one target and one time
     if b:  # the first block is cut short at random: in sampling, blocks are counted from a prompt's end
         block = (torch.arange(N, device=device) + torch.randint(b, (), generator=generator, device=device)) // b
-    u = torch.rand(2 + int(block[-1]), B, generator=generator, device=device)   # (M + 1, B)
+    u = torch.rand(2 + int(block[-1]), B, generator=generator, device=device)   # (M + 1, B): M quantiles of times, and whether the context is dropped
     eps = torch.randn(z_0.shape, generator=generator, device=device)
-    t, drop = times_of(u[:-1].T, dit), u[-1] < dit.config.context_drop          # (B, M), (B,)
+    t, drop = dit.times(u[:-1].T), u[-1] < dit.config.context_drop          # (B, M), (B,)
     context = z_0.masked_fill(drop[:, None, None], 0)                           # (B, N, C)
-    loss, *_ = denoising_loss(dit, z_0, context, batch.tokens, batch.segment, t, eps, block, n_guess=(B + 1) // 2)
-    # the first block of a row from the middle of a text is no example of how texts begin: Corpus.batch gave its first token no weight
-    is_target = (batch.segment == TARGET) & ((block > 0) | (batch.weight[:, :1] > 0))  # (B, N)
-    if dit.config.adaptive_times:
-        note_loss(dit.loss_at, loss.detach(), t[:, block], batch.weight * is_target)
-    return weighted_mean(loss, batch.weight * is_target)
+    loss, *_, at = denoising_loss(dit, z_0, context, batch.tokens, batch.segment, t, eps, block, n_guess=(B + 1) // 2)
+    # Cola DLM (TextLDM's first tokens have weight): the first block of a row from the middle of a text is no example of how texts begin
+    weight = batch.weight * (batch.segment == TARGET) * ((block > 0) | (batch.weight[:, :1] > 0))  # (B, N)
+    return weighted_mean(loss, weight), (loss.detach(), at, weight)
 
 
-def guided_estimate(dit, z, t, guess, context, segment, mask, cfg_scale, temperature=1.0, **more):
+def guided_estimate(dit, z, t, guess, context, segment, mask, cfg_scale, temperature=1.0, **cola):
     """e_u + w (e_c - e_u) [CFG], of the estimates of z_0 with and without the context (B, N, C), for noisy latents z (B, N, C) at time t;
     both are told the same guess, guided (B, N, C), of the step before. To guide estimates is to guide velocities, linear in them. w = 1 needs e_c only."""
     is_target, t = (segment == TARGET)[..., None], t.expand(len(z), 1)          # (B, N, 1), (B, 1)
     x = torch.where(is_target, z, context)                                      # (B, N, C)
     if cfg_scale == 1:
-        return dit.estimate(dit(x, segment, t, guess, mask, **more), x, t, temperature)
-    x, t = torch.cat((x, torch.where(is_target, z, 0.0))), t.repeat(2, 1)       # (2 B, N, C): the last B rows without their context
-    output = dit(x, segment.repeat(2, 1), t, guess.repeat(2, 1, 1), mask.repeat(2, 1, 1, 1), **more)
+        return dit.estimate(dit(x, segment, t, guess, mask, **cola), x, t, temperature)
+    x, t = torch.cat((x, torch.where(is_target, z, 0.0))), t.repeat(2, 1)       # (2 B, N, C): the last B rows without their context (blocks: it is in memory, of 2 B rows)
+    output = dit(x, segment.repeat(2, 1), t, guess.repeat(2, 1, 1), mask.repeat(2, 1, 1, 1), **cola)
     e_c, e_u = dit.estimate(output, x, t, temperature).chunk(2)                 # (B, N, C) each
     return e_u + cfg_scale * (e_c - e_u)
 
 
 def euler(estimate, z, times, callback=None):
-    """Integrates dz/dt along times (steps + 1,), from noise z (B, N, C) to data, with z_0 = estimate(z, t, guess), whose guess is the
-    one of the step before. callback(t, z_0) sees each. A step goes along the path of z_0 and the noise that is in z if z_0 is right:
-    if it is straight, z + (t_next - t) (eps - z_0), Euler's."""
+    """Integrates dz/dt along times (steps + 1,), from noise z (B, N, C) to data. estimate(z, t, guess) is told what it made the step before;
+    callback(t, guess) sees each. A step goes along the path of the guess and the noise that is in z if the guess is right: if it is straight,
+    z + (t_next - t) (eps - z_0), Euler's. The last one, to t = 0, ends on the guess. (Contexts are carried along in z, and not read.)"""
     guess = torch.zeros_like(z)
     for t, t_next in zip(times[:-1], times[1:]):
         guess = estimate(z, t, guess)
@@ -508,10 +505,10 @@ def euler(estimate, z, times, callback=None):
     return z
 
 
-def denoise(dit, z, context, segment, mask, callback=None, steps=20, cfg_scale=3.0, temperature=0.7, **more):
-    """From noise z (B, N, C) to the latents of the targets; `more`, of blocks, is for the DiT."""
-    times = times_of(torch.linspace(1, 0, steps + 1), dit).to(z.device)
-    estimate = lambda z, t, guess: guided_estimate(dit, z, t, guess, context, segment, mask, cfg_scale, temperature, **more)
+def denoise(dit, z, context, segment, mask, callback=None, steps=20, cfg_scale=3.0, temperature=0.7, **cola):
+    """From noise z (B, N, C) to the latents of the targets."""
+    times = dit.times(torch.linspace(1, 0, steps + 1)).to(z.device)
+    estimate = lambda z, t, guess: guided_estimate(dit, z, t, guess, context, segment, mask, cfg_scale, temperature, **cola)
     return euler(estimate, z, times, callback)
 
 
@@ -539,19 +536,20 @@ def continue_texts(vae, dit, prompts, length, eot, seed=0, callback=None, **how)
     (B, N), generator = tokens.shape, torch.Generator().manual_seed(seed)
     # noise of whole rows, from the CPU: the same on any device and beside neighbours of any length
     z = torch.randn(B, max(N, dit.config.block_size), vae.config.channels, generator=generator)[:, :N]  # (B, N, C)
-    tokens, segment, z = (x.to(dit.latent_of.device) for x in (tokens, segment, z))
+    tokens, segment, z = (x.to(dit.from_latent.weight.device) for x in (tokens, segment, z))
     texts = lambda z: texts_of(vae.to_tokens(z, segment), segment, eot)
     context = vae.latents(tokens, segment)                                      # (B, N, C); the targets' are of end-of-texts, and not used
     mask = (segment != PADDING)[:, None, None]                                  # (B, 1, 1, N)
     return texts(denoise(dit, z, context, segment, mask, callback and (lambda t, z_0: callback(float(t), texts(z_0))), **how))
 
 
+# ---- 6. Two variants, which a first reading can leave out: sampling with Cola DLM's blocks, and LDLM -----
 def continue_in_blocks(vae, dit, prompts, length, eot, seed, callback, **how):
     """As continue_texts, with Cola DLM. In a loop the VAE encodes the last tokens, the DiT takes the new ones into `memory`, its keys and values
     of the `window` tokens that a block sees (so text of any length takes the same memory), and a block is denoised and decoded. A length is
     written in full. unspecified: behind an end-of-text the next block begins a document, with nothing before it; and the oldest keys know of
     tokens that have left the window, which no row of training has. callback(0, texts) sees after each block what is written, for good."""
-    b, device, guided = dit.config.latent_block, dit.latent_of.device, how.get("cfg_scale") != 1  # denoise guides by default
+    b, device, guided = dit.config.latent_block, dit.from_latent.weight.device, how.get("cfg_scale") != 1  # denoise guides by default
     window = dit.config.block_size - b
     P = min(window, max(map(len, prompts)))
     tokens = torch.tensor([[eot] * (P - len(x)) + x[max(len(x) - P, 0) :] for x in prompts], dtype=torch.long, device=device)  # (B, P)
@@ -564,12 +562,12 @@ def continue_in_blocks(vae, dit, prompts, length, eot, seed, callback, **how):
         place = torch.arange(end - tokens.shape[1], end, device=device)         # (L,): of the L tokens before the block
         inside = place >= begin                                                 # (B, L): the document, which to the VAE is one segment, and the rest another
         clean = vae.latents(tokens, inside)                                     # (B, L, C)
-        if new:  # for guidance rows B to 2 B have zeros for a history
+        if new:  # a call for its effect on memory alone; for guidance rows B to 2 B have zeros for a history
             x = torch.cat((clean, 0 * clean) if guided else (clean,))[:, -new:]  # (B or 2 B, new, C)
             mask = who_sees_whom(torch.full_like(place, CONTEXT), (place - end) // b) & same_segment(inside)  # (B, 1, L, L)
             dit(x, torch.full(x.shape[:2], CONTEXT, device=device), x.new_zeros(len(x), 1), torch.zeros_like(x),
-                mask[:, :, -new:].repeat(1 + guided, 1, 1, 1), last=1, position=place[-new:], memory=memory, keep=window)  # for its memory alone
-        clean, inside = clean[:, -window:], F.pad(inside[:, -window:], (0, b), value=True)  # (B, L, C), (B, L + b), of a shorter L
+                mask[:, :, -new:].repeat(1 + guided, 1, 1, 1), last=1, position=place[-new:], memory=memory, keep=window)
+        clean, inside = clean[:, -window:], F.pad(inside[:, -window:], (0, b), value=True)  # (B, L, C), (B, L + b): L is now at most window
         z = torch.stack([torch.randn(b, clean.shape[-1], generator=g) for g in generators]).to(device)  # (B, b, C)
         z = denoise(dit, z, torch.zeros_like(z), torch.full(z.shape[:2], TARGET, device=device), same_segment(inside)[:, :, -b:],
                     position=torch.arange(end, end + b, device=device), memory=memory, **how)
@@ -583,32 +581,17 @@ def continue_in_blocks(vae, dit, prompts, length, eot, seed, callback, **how):
     return texts
 
 
-# ---- 6. LDLM: the latents are learned together with the DiT, on hidden states of a frozen GPT [LDLM]
-def adaptive_times(u, loss_at):
-    """Quantiles u in [0, 1] -> times, such that the loss grows evenly with u: each stretch of the way teaches alike. loss_at (K,) is the loss
-    at even times from 0 to 1. unspecified: it is taken never to fall, and a tenth of the times are even, so that none is left out."""
-    even, rise = np.linspace(0, 1, len(loss_at)), (loss_at.cummax(0).values - loss_at[0]).cpu().double().numpy()
-    cdf = 0.9 * rise / max(rise[-1], 1e-9) + 0.1 * even
-    return torch.from_numpy(np.interp(u.cpu().double(), cdf / cdf[-1], even)).to(u)
-
-
-def note_loss(loss_at, loss, t, weight):  # (K,), then (B, N) each. Of several processes the first one's counts
-    nearest = (t * (len(loss_at) - 1)).round().long().flatten()                 # (B N,)
-    total, count = (torch.zeros_like(loss_at).index_add(0, nearest, x.flatten()) for x in (loss * weight, weight))  # (K,) each
-    loss_at.lerp_(torch.where(count > 0, total / count.clamp(min=1e-9), loss_at), 0.1)
-
-
+# LDLM: the latents are learned together with the DiT, on hidden states of a frozen GPT [LDLM]
 @dataclass
 class JointConfig(DiTConfig):
     channels: int = option(192, "C, channels of a latent; many, as the decoder's noise leaves little of each", 1)
     coder_layers: int = option(2, "Transformer blocks of the encoder, the decoder and the token decoder, each", 1, 999)
     predict_tokens: bool = False  # not to be chosen: the mean latent of a token would move
-    predict_latents: bool = True
     adaptive_times: bool = option(True, "times such that the loss grows evenly in their quantiles, not logit-normal ones")
-    hidden_mse: bool = option(True, "the decoder gives back hidden states, by squared error, and tokens do not shape latents: what lies near one stays readable")
+    hidden_mse: bool = option(True, "the decoder learns hidden states, by squared error, and the tokens' loss does not reach it: what lies near a latent stays readable")
     encoder_warmup: int = option(400, "steps over which the diffusion loss begins to shape the encoder, half of a short run's; 0: from the start", 0)
     decoder_noise: float = option(1.5, "std of noise in the decoder's input, in training: it forgives the DiT its errors (deviation: the paper has 3); 0: none", 0)
-    teacher: str = ""  # the frozen GPT's config, as JSON
+    teacher_config: str = ""  # the frozen GPT's, as JSON
 
 
 class Coder(nn.Module):
@@ -622,13 +605,40 @@ class Coder(nn.Module):
         return self.last(self.trunk(self.first(x).float(), same_segment(segment))).float()
 
 
+class LatentDiT(TextDiT):
+    """Predicts the clean latents themselves. With adaptive_times the loss grows evenly with the quantiles of times: each stretch of the way
+    teaches alike (unspecified: it is taken never to fall with t, and a tenth of the times are even, so that none is left out)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("loss_at", torch.zeros(64))                        # running means of the loss at even times from 0 to 1
+
+    def error(self, output, tokens, z_0, eps, t):
+        return (output - z_0).square().mean(-1)
+
+    def estimate(self, output, x, t, temperature=1.0):
+        return output
+
+    def note(self, loss, t, weight):                                            # (B, N) each, for loss_at. Of several processes rank 0's are kept
+        nearest = (t * (len(self.loss_at) - 1)).round().long().flatten()        # (B N,)
+        total, count = (torch.zeros_like(self.loss_at).index_add(0, nearest, x.flatten()) for x in (loss * weight, weight))  # (64,) each
+        self.loss_at.lerp_(torch.where(count > 0, total / count.clamp(min=1e-9), self.loss_at), 0.1)
+
+    def times(self, u):
+        if not self.config.adaptive_times:
+            return super().times(u)
+        even, rise = np.linspace(0, 1, len(self.loss_at)), (self.loss_at.cummax(0).values - self.loss_at[0]).cpu().double().numpy()
+        cdf = 0.9 * rise / max(rise[-1], 1e-9) + 0.1 * even
+        return torch.from_numpy(np.interp(u.cpu().double(), cdf / cdf[-1], even)).to(u)
+
+
 class LDLM(nn.Module):
     """Encoder and decoder between hidden states of a frozen GPT and latents, a decoder from those states to tokens, and the DiT. Samplers take it for a VAE."""
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.dit = config, TextDiT(config)
-        self.teacher = GPT(TrunkConfig(**json.loads(config.teacher))).requires_grad_(False)
+        self.config, self.dit = config, LatentDiT(config)
+        self.teacher = GPT(TrunkConfig(**json.loads(config.teacher_config))).requires_grad_(False)
         C, E_teacher, V = config.channels, self.teacher.config.n_embd, config.vocab_size
         self.encoder, self.decoder, self.token_decoder = Coder(config, E_teacher, C), Coder(config, C, E_teacher), Coder(config, E_teacher, V)
         self.register_buffer("hidden_mean", torch.zeros(E_teacher))             # of training data, as in REPA
@@ -651,7 +661,9 @@ def joint_loss(ldlm, batch, generator, step):
     hidden = ldlm.hidden(tokens)                                                # (B, N, E_teacher)
     z = ldlm.latents(tokens, segment, hidden)                                   # (B, N, C)
     gamma = 1 / (1 + math.exp(8 - 10 * step / config.encoder_warmup)) if config.encoder_warmup else 1  # 0.88 at the end of the warm-up
-    losses = dict(diffusion=flow_loss(ldlm.dit, gamma * z + (1 - gamma) * z.detach(), batch, generator))
+    diffusion, each = flow_loss(ldlm.dit, gamma * z + (1 - gamma) * z.detach(), batch, generator)
+    ldlm.dit.note(*each)
+    losses = dict(diffusion=diffusion)
     hidden_hat = ldlm.decoder(z + config.decoder_noise * torch.randn(z.shape, generator=generator, device=z.device), segment)  # (B, N, E_teacher)
     logits = ldlm.token_decoder(hidden_hat.detach() if config.hidden_mse else hidden_hat, segment)  # (B, N, V)
     losses["hidden"] = config.hidden_mse * weighted_mean((hidden_hat - hidden).square().mean(-1), weight)
@@ -659,7 +671,7 @@ def joint_loss(ldlm, batch, generator, step):
     return losses | dict(loss=sum(losses.values()))
 
 
-# ---- 7. Plumbing, once for all scripts: tokenizers, batches, command line, checkpoints, the training loop. A first reading can end here.
+# ---- 7. Plumbing, once for all scripts: tokenizers, batches, command line, checkpoints, the training loop. A first reading can end here, but for Corpus.batch.
 # How GPT-2 cuts text into words before it merges bytes (its published pattern); our own BPEs do the same.
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 

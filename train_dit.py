@@ -32,7 +32,7 @@ PRESETS = dict(tiny=dict(max_steps=2200, eval_interval=800)) | {k: at_scale(*siz
 class Stage2(Config):
     vae: str = option("", "checkpoint of stage 1 (OUT/vae.pt)")
     from_decoder: bool = option(True, "deviation: blocks begin as those of the VAE's decoder, if of their width")
-    joint: bool = option(False, "LDLM: no VAE, latents are learned with the DiT, from a teacher (more options: --joint --help)")
+    joint: bool = option(False, "LDLM: no VAE, latents are learned with the DiT, from a teacher (more options: --joint --help; --recipe=paper is TextLDM's all the same)")
     teacher: str = option("", "frozen GPT, with --joint (OUT/gpt.pt)")
 
 
@@ -54,8 +54,8 @@ def begin_as_decoder(dit, vae):
     adaLN, which the decoder has not, stays zero."""
     theirs, ours = vae.decoder.h, dit.trunk.h
     if (vae.config.n_embd, vae.config.n_head) == (dit.config.n_embd, dit.config.n_head):
-        for i, block in enumerate(ours):
-            block.load_state_dict(theirs[i * len(theirs) // len(ours)].state_dict(), strict=False)
+        for i, layer in enumerate(ours):
+            layer.load_state_dict(theirs[i * len(theirs) // len(ours)].state_dict(), strict=False)
 
 
 @torch.no_grad()
@@ -78,18 +78,20 @@ def main():
     corpus, val = (Corpus(cfg.data, split, config.block_size, whole=config.latent_block > 0) for split in ("train", "val"))
     device, autocast = pick_device(cfg.device)
     config.vocab_size = corpus.meta["vocab_size"]
+    if stage.teacher and not joint:
+        raise UserError("--teacher is read with --joint; in two stages it is train_vae.py's")
     if joint != stage.joint or joint and (cfg.compile or stage.vae):
         raise UserError("--joint goes with none of --no-joint, --compile and --vae")
     if joint:
         teacher = load_teacher(stage.teacher or f"{cfg.out}/gpt.pt", corpus, device)
         longest, is_causal = teacher.config.block_size - 1, False
-        config.teacher = json.dumps(asdict(teacher.config))
+        config.teacher_config = json.dumps(asdict(teacher.config))
         loss_of = joint_loss
     else:
         state = load_checkpoint(stage.vae or f"{cfg.out}/vae.pt", "vae", "python train_vae.py makes one", corpus.tokenizer)
         vae = model_from(TextVAE, VAEConfig, state).to(device).requires_grad_(False)
         longest, is_causal, config.channels = vae.config.block_size, vae.config.causal, vae.config.channels
-        loss_of = lambda net, batch, generator, step: dict(loss=flow_loss(net, vae.latents(batch.tokens, batch.segment), batch, generator))
+        loss_of = lambda net, batch, generator, step: dict(loss=flow_loss(net, vae.latents(batch.tokens, batch.segment), batch, generator)[0])
     config.block_size = corpus.N = val.N = min(corpus.N, longest)
     if is_causal != (config.latent_block > 0):
         raise UserError(f"this VAE is {'' if is_causal else 'not '}causal: " + ("give a --latent_block" if is_causal else
@@ -102,7 +104,7 @@ def main():
 
     N, b = rows.tokens.shape[1], config.latent_block
     block = torch.arange(N, device=device) // (b or N)                          # (N,)
-    # whose text takes the place of a row's context in `shuffled`: the next row's that is long enough
+    # for the column `shuffled`, whose text takes the place of a row's context: the next row's that is long enough
     cuts, lengths, B = (rows.segment == CONTEXT).sum(1).tolist(), rows.counted.sum(1).tolist(), len(eps)
     needs = [n - 1 if b else cut for cut, n in zip(cuts, lengths)]              # blocks: all of a row is context of something
     donor = [next((j % B for j in range(i + 1, i + B) if lengths[j % B] > needs[i]), i) for i in range(B)]
@@ -118,9 +120,9 @@ def main():
         table = []
         for t in torch.arange(1, 10, device=device) / 10:
             times = t.expand(len(z_0), int(block[-1]) + 1)                      # (B, M)
-            loss, *of = denoising_loss(dit, z_0, z_0, tokens, segment, times, eps, block, n_guess=len(z_0))
+            loss, output, z_t, at = denoising_loss(dit, z_0, z_0, tokens, segment, times, eps, block, n_guess=len(z_0))
             shuffled, *_ = denoising_loss(dit, z_0, strange, tokens, segment, times, eps, block, n_guess=len(z_0))
-            predicted = dit.estimate(*of)
+            predicted = dit.estimate(output, z_t, at)
             alpha, sigma, *_ = interpolant(t)
             noisy = z_0 + sigma / alpha * eps                                   # z_t / alpha
             table.append(dict(t=round(t.item(), 1), loss=mean(loss), shuffled=mean(shuffled),

@@ -3,7 +3,7 @@
     python train_vae.py                                        # the embedded names, after bench/train_gpt.py
     python train_vae.py --data=data/owt2 --preset=small --teacher=gpt2 --out=out/owt2
 
-Watch `accuracy`: it should pass 99% of val tokens. `active` counts the channels in use, `cosine` is REPA's.
+Watch `accuracy`: it should pass 99% of val tokens. `active` counts the channels in use, `cosine` (cos in vae.jsonl) is REPA's.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from textldm import (GPT, Config, Corpus, TextVAE, TrainConfig, UserError, VAECo
                      teacher_features, train)
 
 # The paper has one VAE for all sizes of DiT. `tiny` learns slowly on purpose: a VAE that was trained harder reconstructed and
-# aligned no worse, and the DiT (of then: velocities, REPA on the features) made worse text of its latents (bench/EXPERIMENTS.md).
+# aligned no worse, and the DiT made worse text of its latents (bench/EXPERIMENTS.md).
 PRESETS = dict.fromkeys(("small", "medium", "large"), at_scale(9, 12, 768, channels=64, beta_warmup=10_000)) | dict(
     tiny=dict(muon=False, max_steps=800))  # enough for the rare ones of 4,096 tokens
 

@@ -395,7 +395,7 @@ def growth(options, V):
         dit = TextDiT(DiTConfig(**size, channels=vae.config.channels)).to(device)
         row = textldm.Batch(torch.zeros(1, length, dtype=torch.long), (torch.arange(length) >= length // 4).long()[None], torch.ones(1, length))
         row, result = row.to(device), []
-        for what in (lambda: textldm.flow_loss(dit, vae.latents(row.tokens, row.segment), row, torch.Generator(device).manual_seed(0)).backward(),
+        for what in (lambda: textldm.flow_loss(dit, vae.latents(row.tokens, row.segment), row, torch.Generator(device).manual_seed(0))[0].backward(),
                      lambda: continue_texts(vae, dit, [[1] * (length // 4)], 0, V - 1, steps=8)):
             result.append(min(seconds_of(device, what, autocast) for _ in range(3)))
         return result, sum(p.numel() for p in dit.parameters())
@@ -448,7 +448,7 @@ def presets(V):
     vae.requires_grad_(False)
     for preset in ("small", "medium", "large"):
         dit = networks(preset, 1024, V, device)[2]
-        count("dit", preset, dit, lambda row: textldm.flow_loss(dit, vae.latents(row.tokens, row.segment), row, generator))
+        count("dit", preset, dit, lambda row: textldm.flow_loss(dit, vae.latents(row.tokens, row.segment), row, generator)[0])
     return rows
 
 
