@@ -50,4 +50,4 @@ for s in 1 2; do
     systems+=",gpt $s=gpt:$out/s$s/gpt.pt,even $s=textldm:$out/even$s,long $s=textldm:$out/long$s,ldlm $s=textldm:$out/ldlm$s,naive $s=textldm:$out/naive$s"
     for part in mse noise times warmup; do systems+=",no $part $s=textldm:$out/$part$s"; done
 done
-python bench/evaluate.py --data=$data --out=$out --n=400 --steps=20 --evaluator=out/$corpus/evaluator/gpt.pt --cfg=1.5,3 --temperature=0.7,1 --systems="$systems"
+python bench/evaluate.py --data=$data --out=$out --n=400 --steps=20 --evaluator=out/$corpus/evaluator/gpt.pt --cfg=3 --temperature=0.7,1 --systems="$systems"
