@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 corpus=${1:-docs} judge="--n_layer=6 --n_embd=256 --max_steps=1000"
 case $corpus in
     docs) steps=800 vocabulary=2048 ruler=512 rows="--batch_size=96 --block_size=32" even="300 500" long=${LONG:-500 1000} judge+=" --batch_size=64 --block_size=64" ;;
-    names) steps=400 vocabulary=4096 ruler=2048 rows="" even="200 200" long=${LONG:-400 450} ;;
+    names) steps=300 vocabulary=4096 ruler=2048 rows="" even="150 150" long=${LONG:-300 300} ;;
     *) echo "error: docs or names" >&2; exit 2 ;;
 esac
 data=data/$corpus out=out/ldlm_$corpus
