@@ -63,7 +63,7 @@ def pipeline(plt, options):
     row(32, [(15, 10, "tokens", white), (30, 11, "encoder", blue), (46, 13, "latents z", orange), (64, 12, "decoder", blue), (81, 10, "tokens", white)])
     row(24.8, [(42, 21, "frozen GPT's features", grey)])
     axes.annotate("", (52.5, 29.4), (52.5, 27.4), arrowprops=dict(arrowstyle="<|-|>", color=INK, lw=1, shrinkA=0, shrinkB=0, mutation_scale=7))
-    axes.text(54, 28.4, "REPA: alike", fontsize=8.5, va="center", color=INK)
+    axes.text(54, 28.4, "REPA: made alike", fontsize=8.5, va="center", color=INK)
     row(18, [(15, 26, "context's latents, clean;\ntarget's latents, noisy", orange), (46, 13, "DiT", blue), (64, 27, "p(token), hence\nclean latents, and a velocity", white)])
     row(11, [(30, 11, "noise", orange)])
     arrow((41, 10.5), (46.5, 6.6))
@@ -118,7 +118,7 @@ def training(plt, options):
     """What is minimised, in nats a token where it is a cross-entropy; dots are of val."""
     panels = dict(gpt=("GPT, the teacher", dict(loss="cross-entropy"), "nats a token"),
                   vae=("VAE", dict(ce="cross-entropy, nats a token", cos="REPA's cosine"), "nats, cosine"),
-                  dit=("DiT (dots: mean over nine times t)", dict(loss="loss at random t"), "nats a token, or squared error"))
+                  dit=("DiT", dict(loss="loss at random t; val: mean of nine t"), "nats a token"))
     found = {stage: metrics_of(options.out, stage) for stage in panels}
     found = {stage: x for stage, x in found.items() if x[0]}
     if not found:
@@ -127,11 +127,11 @@ def training(plt, options):
     for axes, (stage, (steps, val)) in zip(all_axes[0], found.items()):
         title, terms, unit = panels[stage]
         if "diffusion" in steps[0]:
-            title, terms = "LDLM", dict(diffusion="diffusion", hidden="hidden states", word="tokens")
+            title, unit, terms = "LDLM", "squared error, or nats", dict(diffusion="diffusion", hidden="hidden states", word="tokens")
         for (key, label), color in zip(terms.items(), (BLUE, ORANGE, GREY)):
             axes.plot([x["step"] for x in steps], [x[key] for x in steps], color=color, lw=1.2, label=label)
             dots = [(step, v[key]) for step, v in val if key in v]
-            axes.plot([s for s, _ in dots], [v for _, v in dots], "o", color=color, markersize=5)
+            axes.plot([s for s, _ in dots], [v for _, v in dots], "o", color=color, markersize=5, label="val" if key == [*terms][-1] else None)
         axes.set(title=title, xlabel="step", ylabel=unit)
         axes.legend(frameon=False, fontsize=9)
         axes.grid(alpha=0.25)
@@ -149,7 +149,7 @@ def by_time(plt, options):
         for axes, key, color, label in ((left, "loss", BLUE, "loss"), (left, "shuffled", ORANGE, "the same, contexts of other rows"),
                                         (right, "predicted", BLUE, "read from the DiT's estimate"), (right, "noisy", GREY, "read from the noisy latents")):
             axes.plot(t, [row[key] for row in table], "o-" if last else "-", color=color, alpha=alpha, lw=1.5 if last else 0.8, markersize=4, label=label * last or None)
-    left.set(xlabel="t (0 is data, 1 is noise)", ylabel="loss on val, as trained", title="Where the context helps")
+    left.set(xlabel="t (0 is data, 1 is noise)", ylabel="loss on val, nats a token (or squared error)", title="Where the context helps")
     right.set(xlabel="t (0 is data, 1 is noise)", ylabel="share of tokens that decode right", title="What the DiT makes of noise", ylim=(0, 1.02))
     for axes in (left, right):
         axes.legend(frameon=False, fontsize=9)
@@ -172,7 +172,7 @@ def latents(plt, options):
         rows, = corpus.fixed_batches(1, device, cut_words=False)
         inside = (rows.counted & (rows.tokens != corpus.eot)).cpu()
         z, tokens = vae.latents(rows.tokens, rows.segment).cpu()[inside], rows.tokens.cpu()[inside].numpy()  # (tokens, C), (tokens,)
-        _, spread, directions = torch.pca_lowrank(z, q=min(6, z.shape[1]), niter=8)
+        _, _, directions = torch.pca_lowrank(z, q=min(6, z.shape[1]), niter=8)
         x = ((z - z.mean(0)) @ directions[:, :2]).numpy()
         dots = axes.scatter(*x.T, c=np.log10(count[tokens].clip(1)), s=5, cmap="viridis", alpha=0.6, linewidths=0)
         placed = []
@@ -187,8 +187,9 @@ def latents(plt, options):
             placed.append(place)
             if len(placed) == 28:
                 break
-        share = spread[:2].square().sum() / (z - z.mean(0)).square().sum()
-        axes.set(title=f"{title}: {share:.0%} of the variance is in this plane", xlabel="first principal component", ylabel="second" if axes is all_axes[0][0] else "")
+        often = np.bincount(tokens)[tokens] > 4
+        within = sum(((z[tokens == t] - z[tokens == t].mean(0)) ** 2).sum() for t in set(tokens[often])) / ((z[often] - z[often].mean(0)) ** 2).sum()
+        axes.set(title=f"{title}: the token fixes {1 - within:.0%} of its latent", xlabel="first principal component", ylabel="second" if axes is all_axes[0][0] else "")
     figure.colorbar(dots, ax=list(all_axes[0]), label="how often the token is in the training text, log10")
     return figure
 
@@ -210,12 +211,12 @@ def frontier(plt, options):
             label = family(name) if family(name) not in labelled else None
             labelled.add(family(name))
             axes.plot([p["entropy"] for p in curve], [p["nll"] for p in curve], "o-", color=colors[family(name)], label=label, lw=1.4, markersize=4)
-            for p in curve:
-                axes.annotate(f"{p['knob'][running(p['knob'])]:g}", (p["entropy"], p["nll"]), (3, 3), textcoords="offset points", fontsize=7, color=GREY)
+            for p in curve if len(curve) > 1 else []:
+                axes.annotate("guidance " * (running(p["knob"]) == "cfg") + f"{p['knob'][running(p['knob'])]:g}", (p["entropy"], p["nll"]), (3, 3), textcoords="offset points", fontsize=7, color=GREY)
     real = result["real"]
     axes.plot(real["entropy"], real["nll"], "*", color=INK, markersize=15, label="real text")
     axes.set(xlabel="entropy of the words, nats (left: repeats itself)", ylabel="NLL, nats a token, of an independent GPT (low: fluent)",
-             title="Small numbers: temperature, or guidance where there is none")
+             title="Nearer to the star is better; small numbers are temperatures")
     axes.legend(frameon=False, fontsize=9)
     axes.grid(alpha=0.25)
     return figure
