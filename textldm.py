@@ -250,7 +250,7 @@ def same_segment(segment, causal=False):
 
 @torch.no_grad()
 def teacher_features(teacher, tokens, eot):
-    """What REPA aligns to: (B, N, E_teacher) of the teacher's third-to-last layer for tokens (B, N). unspecified: an
+    """What REPA aligns to, and what LDLM encodes: (B, N, E_teacher) of the teacher's third-to-last layer for tokens (B, N). unspecified: an
     `eot` goes first (a causal model's first position is abnormally large), and the teacher reads rows whole: part of what
     it knows of a target is its context, which the encoder cannot see."""
     return teacher.hidden_states(F.pad(tokens, (1, 0), value=eot), max(teacher.config.n_layer - 2, 1))[:, 1:]
@@ -265,7 +265,7 @@ class VAEConfig(TrunkConfig):
     repa: float = option(4.0, "lambda, weight of the alignment (deviation: the paper has 1)", 0)
     repa_latents: bool = option(True, "deviation: REPA aligns the latents' means, not the encoder's features")
     causal: bool = option(False, "for --latent_block: a token's latent, and what is read from a latent, depend on nothing later")
-    teacher_embd: int = 0  # width of the teacher, 0 without one
+    teacher_embd: int = 0  # width of the teacher's features, 0 without one
 
 
 class TextVAE(nn.Module):
@@ -639,7 +639,7 @@ class LDLM(nn.Module):
         super().__init__()
         self.config, self.dit = config, LatentDiT(config)
         self.teacher = GPT(TrunkConfig(**json.loads(config.teacher_config))).requires_grad_(False)
-        C, E_teacher, V = config.channels, self.teacher.config.n_embd, config.vocab_size
+        C, V, E_teacher = config.channels, config.vocab_size, teacher_features(self.teacher, torch.zeros(1, 1, dtype=torch.long), 0).shape[-1]
         self.encoder, self.decoder, self.token_decoder = Coder(config, E_teacher, C), Coder(config, C, E_teacher), Coder(config, E_teacher, V)
         self.register_buffer("hidden_mean", torch.zeros(E_teacher))             # of training data, as in REPA
         self.register_buffer("hidden_std", torch.ones(E_teacher))
