@@ -26,7 +26,7 @@ Tags     `unspecified:` the paper is silent and the choice is ours.   `deviation
 [TextLDM] Jiang et al. 2026, arXiv 2605.07748   [VAE] Kingma, Welling 2013, 1312.6114    [CFG] Ho, Salimans 2022, 2207.12598
 [Cola] Guo et al. 2026, 2605.06548   [LDLM] Meshchaninov et al. 2026, 2605.07933   [GPT2] Radford et al. 2019    [RoPE] Su et al. 2021, 2104.09864    [DiT] Peebles, Xie 2022, 2212.09748
 [FM] Lipman et al. 2022, 2210.02747  [SD3] Esser et al. 2024, 2403.03206   [REPA] Yu et al. 2024, 2410.06940   [AB] Chen et al. 2022, 2208.04202
-Short of time? Read TextDiT's forward and estimate, part 5 (the loss and the sampler), then TextVAE.forward.
+Short of time? Read TextDiT's forward, error and estimate, part 5 (the loss and the sampler), then TextVAE.forward.
 """
 
 import argparse
@@ -365,7 +365,7 @@ def who_sees_whom(segment, block):
         noisy    0   . . .   x . .
                  1   x . .   . x .
                  2   x x .   . . x
-    TextLDM needs no mask: context and target see each other. So its context is read again at every step of sampling; here, once."""
+    TextLDM needs no mask but for padding: context and target see each other. So its context is read again at every step of sampling; here, once."""
     earlier, same = block[:, None] > block, block[:, None] == block             # is the key's block earlier than the query's?
     return earlier & (segment == CONTEXT) | same & (segment[:, None] == segment)
 
@@ -402,7 +402,7 @@ class TextDiT(nn.Module):
 
     def forward(self, x, segment, t, guess, mask=None, last=0, **cola):
         """x (B, N, C), clean (or dropped: zero) where segment is CONTEXT, noisy where TARGET; t (B, M), one time for a row, or
-        one for each block; guess (B, N, C), an earlier estimate of the targets' z_0, or zero. Returns velocities (B, N, C), or
+        one for each block (and, in training, a first one for the clean half of a row that holds it twice); guess (B, N, C), an earlier estimate of the targets' z_0, or zero. Returns velocities (B, N, C), or
         logits (B, N, V), of the `last` tokens (0: of all). mask and cola (of blocks: when, position, memory, keep) go to the Transformer."""
         is_target = segment == TARGET                                           # (B, N)
         h = self.from_latent(x) + self.segment_emb(is_target.long())            # (B, N, E)
@@ -463,7 +463,7 @@ def denoising_loss(dit, z_0, context, tokens, segment, t, eps, block, n_guess=0)
 
 
 def flow_loss(dit, z_0, batch, generator):
-    """The loss of stage 2 on a batch with latents z_0 (B, N, C), and each token's loss, time and weight (B, N). What is random comes from the generator."""
+    """The loss of stage 2 on a batch with latents z_0 (B, N, C), and each token's loss, time and weight (B, N), for LDLM's times. All randomness is the generator's."""
     (B, N, _), b, device = z_0.shape, dit.config.latent_block, z_0.device
     block = torch.zeros(N, dtype=torch.long, device=device)                     # TextLDM: a row has one target and one time
     if b:  # the first block is cut short at random: in sampling, blocks are counted from a prompt's end
