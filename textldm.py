@@ -401,9 +401,9 @@ class TextDiT(nn.Module):
         return torch.sigmoid(self.config.t_mean + self.config.t_std * math.sqrt(2) * torch.erfinv(2 * u - 1))
 
     def forward(self, x, segment, t, guess, mask=None, last=0, **cola):
-        """x (B, N, C), clean (or dropped: zero) where segment is CONTEXT, noisy where TARGET; t (B, M), one time for a row, or
-        one for each block (and, in training, a first one for the clean half of a row that holds it twice); guess (B, N, C), an earlier estimate of the targets' z_0, or zero. Returns velocities (B, N, C), or
-        logits (B, N, V), of the `last` tokens (0: of all). mask and cola (of blocks: when, position, memory, keep) go to the Transformer."""
+        """x (B, N, C), clean (or dropped: zero) where segment is CONTEXT, noisy where TARGET; t (B, M), one time for a row, or one for each block (and,
+        training, a first one for the clean half of rows); guess (B, N, C), an earlier estimate of the targets' z_0, or zero. Returns velocities
+        (B, N, C), or logits (B, N, V), of the `last` tokens (0: of all). mask and cola (of blocks: when, position, memory, keep) go to the Transformer."""
         is_target = segment == TARGET                                           # (B, N)
         h = self.from_latent(x) + self.segment_emb(is_target.long())            # (B, N, E)
         if self.config.self_condition:
