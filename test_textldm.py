@@ -1040,6 +1040,9 @@ def test_joint_training_resumes_exactly_and_is_sampled_as_two_stages_are(home, t
     with pytest.raises(SystemExit):
         run("--compile")
     assert "goes with none of" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train(home, "train_dit.py", f"--out={tmp_path}", "--teacher=none", steps=1)
+    assert "--teacher is read with --joint" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -123,8 +123,7 @@ def main():
             loss, output, z_t, at = denoising_loss(dit, z_0, z_0, tokens, segment, times, eps, block, n_guess=len(z_0))
             shuffled, *_ = denoising_loss(dit, z_0, strange, tokens, segment, times, eps, block, n_guess=len(z_0))
             predicted = dit.estimate(output, z_t, at)
-            alpha, sigma, *_ = interpolant(t)
-            noisy = z_0 + sigma / alpha * eps                                   # z_t / alpha
+            noisy = z_t / interpolant(t)[0]                                     # z_t / alpha: z_0, and noise
             table.append(dict(t=round(t.item(), 1), loss=mean(loss), shuffled=mean(shuffled),
                               noisy=mean(space.to_tokens(noisy, segment) == tokens), predicted=mean(space.to_tokens(predicted, segment) == tokens)))
         lines = ["".join(f"{k:>11}" for k in table[0])] + ["".join(f"{x:11.4f}" for x in row.values()) for row in table]

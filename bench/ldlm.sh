@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# LDLM beside TextLDM, and what each of its four parts does: the tables of bench/RESULTS.md for one corpus. Two seeds, side by side, on a core each.
+# LDLM beside TextLDM, and what each of its four parts does: the tables of bench/RESULTS.md for one corpus. Two seeds, side by side (on a GPU one after the other).
 # `even` is TextLDM of as many steps in all as LDLM, so of as many tokens; `long` is TextLDM of about as many seconds.
 #
 #     bash bench/ldlm.sh docs                        # then: cat out/ldlm_docs/eval.md
@@ -7,29 +7,21 @@
 #     LONG="500 1400" bash bench/ldlm.sh docs        # other steps of long's VAE and DiT, where your machine's seconds are others
 set -euo pipefail
 cd "$(dirname "$0")/.."
-corpus=${1:-docs} judge="--n_layer=6 --n_embd=256 --max_steps=1000"
+corpus=${1:-docs}
 case $corpus in
-    docs) steps=800 vocabulary=2048 ruler=512 rows="--batch_size=96 --block_size=32" even="300 500" long=${LONG:-500 1000} judge+=" --batch_size=64 --block_size=64" ;;
-    names) steps=300 vocabulary=4096 ruler=2048 rows="" even="150 150" long=${LONG:-300 300} ;;
+    docs) steps=800 even="300 500" long=${LONG:-500 1000} ;;
+    names) steps=300 even="150 150" long=${LONG:-300 300} ;;
     *) echo "error: docs or names" >&2; exit 2 ;;
 esac
-data=data/$corpus out=out/ldlm_$corpus
-[ -f $data/train.bin ] || python data/prepare.py $corpus --vocab_size=$vocabulary --out=$data
-[ -f $data/judge/train.bin ] || python data/prepare.py $corpus --vocab_size=$ruler --out=$data/judge
+. bench/stages.sh $corpus "" out/ldlm_$corpus
 
-once() {  # once FOLDER SCRIPT OPTIONS...: unless it was done before. FOLDER/SCRIPT.done has its seconds
-    local folder=$1 script=$2 start=$SECONDS; shift 2
-    [ -f $folder/$(basename $script).done ] && return
-    python $script --out=$folder $rows "$@"
-    echo $((SECONDS - start)) > $folder/$(basename $script).done
-}
 two_stages() {  # two_stages FOLDER SEED VAE_STEPS DIT_STEPS
-    once $1 train_vae.py --data=$data --seed=$2 --max_steps=$3 --teacher=$out/s$2/gpt.pt
-    once $1 train_dit.py --data=$data --seed=$2 --max_steps=$4
+    once $1 train_vae.py $rows --seed=$2 --max_steps=$3 --teacher=$out/s$2/gpt.pt
+    once $1 train_dit.py $rows --seed=$2 --max_steps=$4
 }
 seed() {
-    local joint="train_dit.py --joint --data=$data --seed=$1 --max_steps=$steps --eval_interval=$((steps / 2)) --encoder_warmup=$((steps / 2)) --teacher=$out/s$1/gpt.pt"
-    once $out/s$1 bench/train_gpt.py --data=$data --seed=$1
+    local joint="train_dit.py --joint $rows --seed=$1 --max_steps=$steps --eval_interval=$((steps / 2)) --encoder_warmup=$((steps / 2)) --teacher=$out/s$1/gpt.pt"
+    once $out/s$1 bench/train_gpt.py $rows --seed=$1
     once $out/ldlm$1 $joint
     two_stages $out/long$1 $1 $long
     two_stages $out/even$1 $1 $even
@@ -39,15 +31,11 @@ seed() {
     once $out/times$1 $joint --no-adaptive_times
     once $out/warmup$1 $joint --encoder_warmup=0
 }
-mkdir -p $out
-for s in 1 2; do OMP_NUM_THREADS=$((($(nproc) + 1) / 2)) seed $s > $out/seed$s.log 2>&1 & pids[s]=$!; done
-echo "two seeds are being trained: tail -f $out/seed1.log"
-wait ${pids[1]} && wait ${pids[2]} || { echo "error: a stage failed, see $out/seed1.log and $out/seed2.log" >&2; exit 1; }
-rows=$judge once out/$corpus/evaluator bench/train_gpt.py --seed=1234 --data=$data/judge
+both_seeds
 
 systems=real
 for s in 1 2; do
     systems+=",gpt $s=gpt:$out/s$s/gpt.pt,even $s=textldm:$out/even$s,long $s=textldm:$out/long$s,ldlm $s=textldm:$out/ldlm$s,naive $s=textldm:$out/naive$s"
     for part in mse noise times warmup; do systems+=",no $part $s=textldm:$out/$part$s"; done
 done
-python bench/evaluate.py --data=$data --out=$out --n=400 --steps=20 --evaluator=out/$corpus/evaluator/gpt.pt --cfg=3 --temperature=0.7,1 --systems="$systems"
+python bench/evaluate.py --data=$data --out=$out --n=400 --steps=20 --evaluator=$evaluator/gpt.pt --cfg=3 --temperature=0.7,1 --systems="$systems"

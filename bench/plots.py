@@ -55,14 +55,14 @@ def pipeline(plt, options):
             if i:
                 arrow((boxes[i - 1][0] + boxes[i - 1][1], y), (x, y))
 
-    def arrow(start, end, **how):
-        axes.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", color=INK, lw=1, shrinkA=1, shrinkB=1, **how))
+    def arrow(start, end, style="-|>", gap=1, size=10):
+        axes.annotate("", end, start, arrowprops=dict(arrowstyle=style, color=INK, lw=1, shrinkA=gap, shrinkB=gap, mutation_scale=size))
 
     for y, title in ((32, "stage 1\ntrain_vae.py"), (18, "stage 2\ntrain_dit.py"), (4, "sampling\nsample.py")):
         axes.text(0, y, title, fontsize=9.5, weight="bold", va="center", color=INK)
     row(32, [(15, 10, "tokens", white), (30, 11, "encoder", blue), (46, 13, "latents z", orange), (64, 12, "decoder", blue), (81, 10, "tokens", white)])
     row(24.8, [(42, 21, "frozen GPT's features", grey)])
-    axes.annotate("", (52.5, 29.4), (52.5, 27.4), arrowprops=dict(arrowstyle="<|-|>", color=INK, lw=1, shrinkA=0, shrinkB=0, mutation_scale=7))
+    arrow((52.5, 27.4), (52.5, 29.4), style="<|-|>", gap=0, size=7)
     axes.text(54, 28.4, "REPA: made alike", fontsize=8.5, va="center", color=INK)
     row(18, [(15, 26, "context's latents, clean;\ntarget's latents, noisy", orange), (46, 13, "DiT", blue), (64, 27, "p(token), hence\nclean latents, and a velocity", white)])
     row(11, [(30, 11, "noise", orange)])
@@ -145,7 +145,7 @@ def by_time(plt, options):
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.6))
     for i, (step, v) in enumerate(val):
         table, last = v["table"], i == len(val) - 1
-        t, alpha = [row["t"] for row in table], 0.25 + 0.75 * (i + 1) / len(val) if not last else 1
+        t, alpha = [row["t"] for row in table], 0.25 + 0.75 * (i + 1) / len(val)
         for axes, key, color, label in ((left, "loss", BLUE, "loss"), (left, "shuffled", ORANGE, "the same, contexts of other rows"),
                                         (right, "predicted", BLUE, "read from the DiT's estimate"), (right, "noisy", GREY, "read from the noisy latents")):
             axes.plot(t, [row[key] for row in table], "o-" if last else "-", color=color, alpha=alpha, lw=1.5 if last else 0.8, markersize=4, label=label * last or None)
@@ -205,14 +205,14 @@ def frontier(plt, options):
     names = [n for n in result["frontier"] if not wanted or n in wanted or family(n) in wanted]
     colors = dict(zip(dict.fromkeys(map(family, names)), plt.colormaps["tab10"].colors * 9))
     figure, axes = plt.subplots(figsize=(7.6, 5))
-    labelled = set()
+    for name, color in colors.items():
+        axes.plot([], [], "o-", color=color, label=name, lw=1.4, markersize=4)  # for the legend: a line a family
     for name in names:
         for curve in curves_of(result["frontier"][name]).values():
-            label = family(name) if family(name) not in labelled else None
-            labelled.add(family(name))
-            axes.plot([p["entropy"] for p in curve], [p["nll"] for p in curve], "o-", color=colors[family(name)], label=label, lw=1.4, markersize=4)
+            axes.plot([p["entropy"] for p in curve], [p["nll"] for p in curve], "o-", color=colors[family(name)], lw=1.4, markersize=4)
             for p in curve if len(curve) > 1 else []:
-                axes.annotate("guidance " * (running(p["knob"]) == "cfg") + f"{p['knob'][running(p['knob'])]:g}", (p["entropy"], p["nll"]), (3, 3), textcoords="offset points", fontsize=7, color=GREY)
+                knob = running(p["knob"])
+                axes.annotate("guidance " * (knob == "cfg") + f"{p['knob'][knob]:g}", (p["entropy"], p["nll"]), (3, 3), textcoords="offset points", fontsize=7, color=GREY)
     real = result["real"]
     axes.plot(real["entropy"], real["nll"], "*", color=INK, markersize=15, label="real text")
     axes.set(xlabel="entropy of the words, nats (left: repeats itself)", ylabel="NLL, nats a token, of an independent GPT (low: fluent)",

@@ -2,7 +2,6 @@
 # The tables of bench/RESULTS.md for one corpus: trains what is missing, two seeds side by side (on a GPU one after the other), with
 # and without REPA, in the paper's form, and the baselines: the autoregressive one, short (the teacher) and long, and (of books) masked
 # diffusion. Then it judges all of it in one run. Stopped, it goes on with the first stage that was not done.
-# The judge has a vocabulary of its own, always the same, so that nats a token compare whatever vocabulary the models have.
 #
 #     bash bench/results.sh names                    # then: cat out/names/eval.md
 #     bash bench/results.sh docs
@@ -10,26 +9,14 @@
 #     bash bench/results.sh books FILE_OR_FOLDER     # OpenWebText2's format; wants a GPU, where each stage fits in ten minutes
 set -euo pipefail
 cd "$(dirname "$0")/.."
-corpus=${1:-names} blocks=${BLOCKS:-} temperatures=0.5,0.7,1 trunk="" seeds="1 2" masked="" judge="--n_layer=6 --n_embd=256 --max_steps=1000"
+corpus=${1:-names} blocks=${BLOCKS:-} temperatures=0.5,0.7,1 masked=""
+. bench/stages.sh "$corpus" "${2:-}" out/$corpus
 case $corpus in
-    names) text="names" vocabulary="--vocab_size=4096" ruler="--vocab_size=2048" rows="" vae_steps=1000 dit_steps=2400 gpt_steps=1500 n=1000 ;;
-    docs) text="docs" vocabulary="--vocab_size=2048" ruler="--vocab_size=512" rows="--batch_size=96 --block_size=32" vae_steps=500 dit_steps=4000
-          gpt_steps=3000 n=600 temperatures=0.7,0.8,1 judge+=" --batch_size=64 --block_size=64" ;;
-    books) text="${2:?the path of the books}" vocabulary="--encoding=bpe --vocab_size=4096" ruler=$vocabulary
-           rows="--block_size=128 --batch_size=256 --n_head=8 --n_embd=512" trunk="--n_layer=8" vae_steps=1000 dit_steps=6000 gpt_steps=7500 n=1000 masked=yes
-           judge="--n_layer=8 --n_embd=512 --max_steps=4000 --block_size=128 --batch_size=256 --n_head=8" ;;
-    *) echo "error: names, docs or books" >&2; exit 2 ;;
+    names) vae_steps=1000 dit_steps=2400 gpt_steps=1500 n=1000 ;;
+    docs) vae_steps=500 dit_steps=4000 gpt_steps=3000 n=600 temperatures=0.7,0.8,1 ;;
+    books) vae_steps=1000 dit_steps=6000 gpt_steps=7500 n=1000 masked=yes ;;
 esac
-data=data/$corpus out=out/$corpus
-[ -f $data/train.bin ] || python data/prepare.py $text $vocabulary --out=$data
-[ -f $data/judge/train.bin ] || python data/prepare.py $text $ruler --out=$data/judge
 
-once() {  # once FOLDER SCRIPT OPTIONS...: unless it was done before. FOLDER/SCRIPT.done has its seconds
-    local folder=$1 script=$2 start=$SECONDS; shift 2
-    [ -f $folder/$(basename $script).done ] && return
-    python $script --data=$data --out=$folder "$@"
-    echo $((SECONDS - start)) > $folder/$(basename $script).done
-}
 seed() {
     local vae="$rows --seed=$1 --max_steps=$vae_steps" net="$rows $trunk --seed=$1"
     once $out/s$1 bench/train_gpt.py $net
@@ -48,24 +35,15 @@ seed() {
         ln -sf ../causal$1/vae.pt $out/blocks$b-$1/vae.pt
     done
 }
-once $out/evaluator bench/train_gpt.py --seed=1234 $judge --data=$data/judge
-if python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
-    for s in $seeds; do seed $s; done
-else  # two runs of half the cores each are done sooner than two of all of them, one after the other
-    export OMP_NUM_THREADS=$((($(nproc) + 1) / 2))
-    for s in $seeds; do seed $s > $out/seed$s.log 2>&1 & pids[s]=$!; done
-    echo "two seeds are being trained: tail -f $out/seed1.log"
-    wait ${pids[1]} && wait ${pids[2]} || { echo "error: a stage failed, see $out/seed1.log and $out/seed2.log" >&2; exit 1; }
-    unset OMP_NUM_THREADS
-fi
+both_seeds
 
 systems=real,other,unigram,tokens,prompt
-for s in $seeds; do
+for s in 1 2; do
     systems+=",gpt $s=gpt:$out/s$s/gpt.pt,gpt long $s=gpt:$out/long$s/gpt.pt"
     systems+=",textldm $s=textldm:$out/s$s,no repa $s=textldm:$out/norepa$s,paper $s=textldm:$out/paper$s"
     [ -z "$masked" ] || systems+=",masked $s=masked:$out/masked$s/masked.pt"
     for b in $blocks; do systems+=",blocks of $b $s=textldm:$out/blocks$b-$s"; done
 done
-judge() { python bench/evaluate.py --data=$data --n=$n --steps=20 --evaluator=$out/evaluator/gpt.pt "$@"; }
+judge() { python bench/evaluate.py --data=$data --n=$n --steps=20 --evaluator=$evaluator/gpt.pt "$@"; }
 judge --out=$out --cfg=3 --temperature=$temperatures --systems="$systems"
 [ $corpus != names ] || judge --out=$out/unprompted --unprompted --cfg=1 --temperature=$temperatures --systems="${systems/,prompt/}"

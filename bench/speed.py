@@ -278,16 +278,12 @@ def cached_gpt(gpt, prompts, length, dtype, compile=False):
     return torch.cat((*new, token), 1)
 
 
-def networks(preset, length, V, device):
-    """A GPT, a VAE and a DiT of a preset's size with rows of `length`, untrained: speed does not ask what they know."""
-    sizes = {}
-    for stage, config in (("gpt", TrunkConfig), ("vae", VAEConfig), ("dit", DiTConfig)):
-        preset_of = load_module(ROOT / SCRIPTS[stage]).PRESETS[preset]
-        keep = {k: v for k, v in preset_of.items() if k in config.__dataclass_fields__}
-        sizes[stage] = config(**keep | dict(block_size=length, vocab_size=V))
-    sizes["dit"].channels = sizes["vae"].channels
-    torch.manual_seed(0)
-    return [cls(sizes[s]).to(device).eval() for cls, s in ((GPT, "gpt"), (TextVAE, "vae"), (TextDiT, "dit"))]
+def network(stage, preset, device, **size):
+    """The network of a stage, of a preset's size but for `size`, untrained: speed does not ask what it knows."""
+    cls, config = dict(gpt=(GPT, TrunkConfig), vae=(TextVAE, VAEConfig), dit=(TextDiT, DiTConfig))[stage]
+    preset_of = load_module(ROOT / SCRIPTS[stage]).PRESETS[preset]
+    keep = {k: v for k, v in preset_of.items() if k in config.__dataclass_fields__}
+    return cls(config(**keep | size)).to(device).eval()
 
 
 def hugging_face(gpt, device):
@@ -309,7 +305,10 @@ def sampling(options, V):
         lengths, batches = ([int(x) for x in text.split(",")] for text in (options.lengths, options.batches))
     except ValueError:
         raise UserError(f"--lengths={options.lengths} and --batches={options.batches} must be numbers with commas between") from None
-    gpt, vae, dit = networks(options.preset, 256 + max(lengths), V, device)
+    size = dict(block_size=256 + max(lengths), vocab_size=V)
+    torch.manual_seed(0)
+    gpt, vae = (network(stage, options.preset, device, **size) for stage in ("gpt", "vae"))
+    dit = network("dit", options.preset, device, **size, channels=vae.config.channels)
     causal, blocks = copy.copy(vae), {b: copy.copy(dit) for b in (4, 8, 16, 32)}  # Cola DLM on the same weights, in a window of 256
     causal.config = replace(vae.config, causal=True)
     for b in blocks:
@@ -419,8 +418,8 @@ def presets(V):
     """For each stage and preset of rows of 1,024 tokens, by doing a step on one row and on two, on the CPU: parameters, FLOPs of forward and backward a token of its rows, GB of
     weights, gradients, AdamW's moments and (of the DiT) the average, and GB of activations a row, those that are kept for the backward pass."""
     device, autocast = pick_device("cpu")
-    gpt, vae, _ = networks("small", 1025, V, device)  # a teacher reads an end-of-text before a row
-    vae = TextVAE(replace(vae.config, teacher_embd=gpt.config.n_embd))
+    gpt = network("gpt", "small", device, block_size=1025, vocab_size=V)  # a teacher reads an end-of-text before a row
+    vae = network("vae", "small", device, block_size=1024, vocab_size=V, teacher_embd=gpt.config.n_embd)
     generator, rows = torch.Generator(), []
     row_of = lambda n: textldm.Batch(torch.zeros(n, 1024, dtype=torch.long), (torch.arange(1024) >= 256).long().repeat(n, 1), torch.ones(n, 1024))
 
@@ -447,7 +446,7 @@ def presets(V):
     count("vae", "all", vae, lambda row: vae(row, textldm.teacher_features(teacher, row.tokens, 0), generator=generator)["loss"])
     vae.requires_grad_(False)
     for preset in ("small", "medium", "large"):
-        dit = networks(preset, 1024, V, device)[2]
+        dit = network("dit", preset, device, block_size=1024, vocab_size=V, channels=vae.config.channels)
         count("dit", preset, dit, lambda row: textldm.flow_loss(dit, vae.latents(row.tokens, row.segment), row, generator)[0])
     return rows
 
@@ -469,18 +468,20 @@ def main():
     options, = command_line(__doc__, SpeedConfig)
     device, autocast = pick_device(options.device)
     V = Corpus(options.data, "train", 64).meta["vocab_size"]
-    if unknown := set(options.parts.split(",")) - {"train", "sample", "prepare", "growth", "presets"}:
-        raise UserError(f"--parts={options.parts}: {', '.join(sorted(unknown))} is none of train, sample, prepare, growth, presets")
+    parts = dict(train=lambda: training(options, folder, peak), sample=lambda: sampling(options, V), prepare=lambda: preparing(options, folder),
+                 growth=lambda: growth(options, V), presets=lambda: presets(V))
+    if unknown := set(options.parts.split(",")) - {*parts}:
+        raise UserError(f"--parts={options.parts}: {', '.join(sorted(unknown))} is none of {', '.join(parts)}")
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     peak = matmul_peak(device, autocast)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{len(os.sched_getaffinity(0))} CPU cores"
     report = dict(commit=commit, machine=machine, torch=torch.__version__, threads=torch.get_num_threads(), matmul_tflops=peak / 1e12, options=asdict(options))
     print(f"commit {commit}, {machine}, torch {torch.__version__}, {report['threads']} threads, matmul peak {peak / 1e12:.2f} TFLOP/s")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         for part in options.parts.split(","):
-            report[part] = dict(train=lambda: training(options, Path(folder), peak), sample=lambda: sampling(options, V),
-                                prepare=lambda: preparing(options, Path(folder)), growth=lambda: growth(options, V), presets=lambda: presets(V))[part]()
+            report[part] = parts[part]()
             print(f"\n{part}\n{table(report[part])}", flush=True)
             write_whole(options.out, json.dumps(report, indent=1))
 
