@@ -151,11 +151,13 @@ def test_dit_target_sees_context_and_context_is_clean(dit):
     _, segment, _ = make_batch()
     x = torch.randn(4, N, C, requires_grad=True)
     output = dit(x, segment, torch.full((4, 1), 0.5), torch.zeros_like(x))
+    targets = make_batch().targets  # the output layer may be asked for them alone
+    assert torch.equal(output[segment == TARGET], dit(x, segment, torch.full((4, 1), 0.5), torch.zeros_like(x), places=targets))
     grad, = torch.autograd.grad(output[segment == TARGET].sum(), x)
     assert (grad[segment == CONTEXT] != 0).any(-1).all()
     z_0, eps, t, given = torch.randn(4, N, C), torch.randn(4, N, C), torch.full((4, 1), 0.7), []
-    dit.forward = lambda x, *_: given.append(x) or output
-    denoising_loss(dit, z_0, z_0, make_batch().tokens, segment, t, eps, ONE)    # context untouched at any t, target noised
+    dit.forward = lambda x, *_, places: given.append(x) or output.flatten(0, 1)[places]
+    denoising_loss(dit, z_0, z_0, make_batch(), t, eps, ONE)                    # context untouched at any t, target noised
     given, = given
     assert torch.equal(given[segment == CONTEXT], z_0[segment == CONTEXT])
     assert torch.allclose(given[segment == TARGET], (0.3 * z_0 + 0.7 * eps)[segment == TARGET])
@@ -269,34 +271,35 @@ def test_standardised_latents_have_mean_0_and_std_1(vae):
 
 def test_an_untrained_dit_predicts_zero(vae):
     dit = TextDiT(DiTConfig(**SMALL, channels=C, predict_tokens=False))
-    z_0, eps, segment = torch.randn(4, N, C), torch.randn(4, N, C), make_batch().segment
-    loss, *_ = denoising_loss(dit, z_0, z_0, None, segment, torch.rand(4, 1), eps, ONE)
-    assert torch.allclose(loss, (eps - z_0).square().mean(-1))
+    z_0, eps, batch = torch.randn(4, N, C), torch.randn(4, N, C), make_batch()
+    loss, *_ = denoising_loss(dit, z_0, z_0, batch, torch.rand(4, 1), eps, ONE)
+    assert torch.allclose(loss, (eps - z_0).square().mean(-1)[batch.segment == TARGET])
 
 
 def test_an_exact_velocity_has_no_loss_and_its_estimate_is_the_data(dit):
     if dit.config.predict_tokens:
         return
-    z_0, eps, segment = torch.randn(4, N, C), torch.randn(4, N, C), torch.full((4, N), TARGET)
+    z_0, eps, batch = torch.randn(4, N, C), torch.randn(4, N, C), make_batch()
     t = torch.tensor([0.1, 0.5, 0.9, 1.0])[:, None]
-    dit.forward = lambda x, s, t, guess: (x - z_0) / t[..., None]
-    loss, *of = denoising_loss(dit, z_0, z_0, None, segment, t, eps, ONE)
-    assert loss.max() < 1e-8 and torch.allclose(dit.estimate(*of), z_0, atol=1e-5)
+    dit.forward = lambda x, s, t, guess, places: ((x - z_0) / t[..., None])[s == TARGET]
+    loss, *of = denoising_loss(dit, z_0, z_0, batch, t, eps, ONE)
+    assert loss.max() < 1e-8 and torch.allclose(dit.estimate(*of), z_0[batch.segment == TARGET], atol=1e-5)
 
 
 def test_self_conditioning_tells_some_rows_what_a_first_pass_estimated_of_the_targets(dit):
-    tokens, segment, _ = make_batch()
+    batch = make_batch()
+    segment = batch.segment
     z_0, eps, t, forward, guesses, seen = torch.randn(4, N, C), torch.randn(4, N, C), torch.rand(4, 1), dit.forward, [], []
-    dit.forward = lambda x, segment, t, guess: seen.append(x) or guesses.append(guess.clone()) or forward(x, segment, t, guess)
-    loss, output, *_ = denoising_loss(dit, z_0, z_0, tokens, segment, t, eps, ONE, n_guess=2)
+    dit.forward = lambda x, segment, t, guess, places: seen.append(x) or guesses.append(guess.clone()) or forward(x, segment, t, guess, places=places)
+    loss, output, *_ = denoising_loss(dit, z_0, z_0, batch, t, eps, ONE, n_guess=2)
     x = seen[1]
     first, guess = guesses
     assert not first.any() and not guess[2:].any() and not guess.requires_grad
     alone = forward(x, segment, t, torch.zeros_like(x))
     assert torch.allclose(*((segment == TARGET)[:2, :, None] * g for g in (guess[:2], dit.estimate(alone, x, t)[:2])), atol=1e-5)
-    assert not torch.allclose(alone[:2], output[:2], atol=1e-3)
+    assert not torch.allclose(alone[:2][segment[:2] == TARGET], output[: (segment[:2] == TARGET).sum()], atol=1e-3)
     elsewhere = torch.where((segment == CONTEXT)[..., None], guess + 1, guess)  # there an estimate means nothing
-    assert torch.equal(forward(x, segment, t, elsewhere), output)
+    assert torch.equal(forward(x, segment, t, elsewhere, places=batch.targets), output)
 
 
 def test_recomputed_blocks_give_the_same_gradients(vae, dit):
@@ -334,7 +337,7 @@ def test_a_posterior_learns_the_cross_entropy_of_targets(vae):
     batch, seen = make_batch(), []
     dit = randomise(TextDiT(DiTConfig(**SMALL, vocab_size=V, channels=C)), scale=0.1)
     forward = dit.forward
-    dit.forward = lambda *x: seen.append(forward(*x)) or seen[-1]
+    dit.forward = lambda *x, places: seen.append(forward(*x)) or (seen[-1] if places is None else seen[-1].flatten(0, 1)[places])
     loss = loss_on(dit, vae, batch, 0)
     weight = batch.weight * (batch.segment == TARGET)
     nll = -seen[-1].log_softmax(-1).gather(-1, batch.tokens[..., None])[..., 0]
@@ -405,10 +408,10 @@ def test_another_path_is_another_interpolant(monkeypatch):
     angle = lambda t: math.pi / 2 * torch.as_tensor(t)
     monkeypatch.setattr(textldm, "interpolant", lambda t: (angle(t).cos(), angle(t).sin(), -math.pi / 2 * angle(t).sin(), math.pi / 2 * angle(t).cos()))
     dit, (z_0, eps, t) = TextDiT(DiTConfig(**SMALL, channels=C, predict_tokens=False, self_condition=False)), (torch.randn(4, N, C), torch.randn(4, N, C), torch.rand(4, 1))
-    at = lambda t: angle(t).cos() * z_0 + angle(t).sin() * eps
-    dit.forward = lambda x, *_: ((at(t[..., None] + 1e-3) - at(t[..., None] - 1e-3)) / 2e-3)
-    loss, output, z_t, times = denoising_loss(dit, z_0, z_0, None, torch.full((4, N), TARGET), t, eps, ONE)
-    assert loss.max() < 1e-4 and torch.allclose(dit.estimate(output, z_t, times), z_0, atol=1e-2)
+    at, batch = lambda t: angle(t).cos() * z_0 + angle(t).sin() * eps, make_batch()
+    dit.forward = lambda x, *_, places: ((at(t[..., None] + 1e-3) - at(t[..., None] - 1e-3)) / 2e-3).flatten(0, 1)[places]
+    loss, output, z_t, times = denoising_loss(dit, z_0, z_0, batch, t, eps, ONE)
+    assert loss.max() < 1e-4 and torch.allclose(dit.estimate(output, z_t, times), z_0[batch.segment == TARGET], atol=1e-2)
     mean, std = 0.7, 0.4  # of the data: the flow takes eps to mean + std eps
     share = lambda t: angle(t).cos() * std**2 / ((angle(t).cos() * std) ** 2 + angle(t).sin() ** 2)
     estimate, errors = lambda z, t, guess: mean + share(t) * (z - angle(t).cos() * mean), []
@@ -479,10 +482,10 @@ def cola(vae):
 def test_a_block_sees_the_clean_ones_before_it_and_itself(cola):
     """Over every pair of blocks: by gradients, and, where a first pass is told to the second, by change."""
     _, dit = cola
-    tokens, block = make_batch().tokens, (torch.arange(N) + 2) // 3
+    batch, block = make_batch()._replace(segment=torch.full((4, N), TARGET)), (torch.arange(N) + 2) // 3
     M, z_0 = int(block[-1]) + 1, torch.randn(4, N, C)
     context, eps = (torch.randn(4, N, C, requires_grad=True) for _ in range(2))
-    run = lambda context, eps, n: denoising_loss(dit, z_0, context, tokens, torch.ones_like(tokens), torch.rand(4, M, generator=torch.Generator().manual_seed(0)), eps, block, n)[1]
+    run = lambda context, eps, n: denoising_loss(dit, z_0, context, batch, torch.rand(4, M, generator=torch.Generator().manual_seed(0)), eps, block, n)[1].view(4, N, -1)
     output, told = run(context, eps, 0), run(context, eps, 4).detach()
     for i in range(M):
         of_context, of_noise = torch.autograd.grad(output[:, block == i].sum(), (context, eps), retain_graph=True)
@@ -505,10 +508,10 @@ def test_rows_from_the_middle_do_not_teach_how_texts_begin(cola, tmp_path):
     dit.forward = lambda *x, **more: seen.append((forward(*x, **more), more)) or seen[-1][0]
     loss_on(dit, vae, some, 1)
     output, block = seen[-1][0].detach().requires_grad_(), (seen[-1][1]["when"][N:] - 1)
-    dit.forward = lambda *x, **more: output[: len(x[0])]
+    dit.forward = lambda *x, **more: output[: len(more["places"])]
     gradient, = torch.autograd.grad(loss_on(dit, vae, some, 1), output)
     assert (block == 0).sum() > 1
-    assert torch.equal(gradient.abs().sum(-1) > 0, ~(cut_off[:, None] & (block == 0)))
+    assert torch.equal(gradient.abs().sum(-1).view(4, N) > 0, ~(cut_off[:, None] & (block == 0)))
     # and Corpus marks such rows, and no other
     jsonl(tmp_path / "docs.jsonl", [" ".join(f"{i}{j}" for j in range(30)) for i in range(40)])
     script("data/prepare.py", tmp_path / "docs.jsonl", "--out", tmp_path / "d", "--encoding=bpe", "--vocab_size=300", "--layout=documents", "--val_fraction=0.2")
@@ -534,16 +537,16 @@ def test_each_block_has_its_time_and_all_is_clean_before_it(cola):
     seen, forward, block = [], dit.forward, (torch.arange(N) + 1) // 3
     dit.forward = lambda *x, **more: seen.append((x, more)) or forward(*x, **more)
     z_0, eps, t = torch.randn(4, N, C), torch.randn(4, N, C), torch.rand(4, 5)
-    denoising_loss(dit, z_0, z_0, *make_batch()[:2], t, eps, block)
+    denoising_loss(dit, z_0, z_0, make_batch()._replace(segment=torch.full((4, N), TARGET)), t, eps, block)
     (x, segment, times, guess), more = seen[0]
     at = times[:, more["when"]]
-    assert torch.equal(more["position"], torch.arange(N).repeat(2)) and more["last"] == N
+    assert torch.equal(more["position"], torch.arange(N).repeat(2)) and torch.equal(more["places"].view(4, N), torch.arange(4 * 2 * N).view(4, 2 * N)[:, N:])
     assert not at[:, :N].any() and torch.equal(at[:, N:], t[:, block]) and torch.equal(x[:, :N], z_0)
     assert torch.allclose(x[:, N:], z_0 + at[:, N:, None] * (eps - z_0), atol=1e-6)
     # and the network knows them apart: another time in one block changes that block alone
     other = times.clone()
     other[:, 2] += 0.3
-    changed = (forward(x, segment, other, guess, **more) - forward(x, segment, times, guess, **more)).abs().amax(dim=(0, 2)) > 1e-6
+    changed = (forward(x, segment, other, guess, **more) - forward(x, segment, times, guess, **more)).view(4, N, -1).abs().amax(dim=(0, 2)) > 1e-6
     assert torch.equal(changed, block == 1)
 
 
@@ -556,8 +559,8 @@ def test_what_is_kept_of_the_history_is_what_reading_it_again_would_give(cola, s
     now, B = torch.zeros(3), 3 * (1 if scale == 1 else 2)
     documents = torch.tensor([[-1] * (7 - len(p)) + [0] * len(p) for p in prompts])
 
-    def both(x, segment, t, guess, mask, position, memory, keep=0, last=0):
-        output = forward(x, segment, t, guess, mask, position=position, memory=memory, keep=keep, last=last)
+    def both(x, segment, t, guess, mask, position, memory, keep=0, places=None):
+        output = forward(x, segment, t, guess, mask, position=position, memory=memory, keep=keep, places=places)
         if segment[0, 0] == CONTEXT:
             history.append(x)
             kept.append(memory[0][0].shape[2])
@@ -569,7 +572,7 @@ def test_what_is_kept_of_the_history_is_what_reading_it_again_would_give(cola, s
             label = torch.cat((documents, now[:, None].expand(3, n).long()), dim=1).repeat(B // 3, 1)
             seen = textldm.who_sees_whom(kind, block) & textldm.same_segment(label) & near
             again = forward(whole, kind.expand(B, -1), torch.cat((torch.zeros(B, 1), t), dim=1), torch.cat((torch.zeros(B, whole.shape[1] - n, C), guess), dim=1),
-                            seen, when=(kind == TARGET).long(), last=n)
+                            seen, when=(kind == TARGET).long())[:, -n:]
             assert torch.allclose(output, again, atol=1e-4)
             outputs.append(output)
         return output
@@ -602,7 +605,7 @@ def test_blocks_stop_or_go_on_and_do_not_depend_on_neighbours(cola):
 def test_textldm_is_as_it_was_before_there_were_blocks(vae, dit):
     """The forward pass of part 5, written out: equal to the bit."""
     batch, z_0, eps, t = make_batch(), torch.randn(4, N, C), torch.randn(4, N, C), torch.rand(4, 1)
-    _, output, *_ = denoising_loss(dit, z_0, z_0, batch.tokens, batch.segment, t, eps, torch.zeros(N, dtype=torch.long))
+    _, output, *_ = denoising_loss(dit, z_0, z_0, batch, t, eps, torch.zeros(N, dtype=torch.long))
     target = (batch.segment == TARGET)[..., None]
     h = dit.from_latent(torch.where(target, (1 - t[..., None]) * z_0 + t[..., None] * eps, z_0)) + dit.segment_emb(batch.segment)
     e = dit.time_embedding(t[:, 0])
@@ -613,7 +616,7 @@ def test_textldm_is_as_it_was_before_there_were_blocks(vae, dit):
         y = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(4, N, 16)
         h = h + gate_1 * block.attn.c_proj(y)
         h = h + gate_2 * block.mlp(block.ln_2(h) * (1 + scale_2) + shift_2)
-    assert torch.equal(output, dit.to_output(dit.trunk.ln_f(h)))
+    assert torch.equal(output, dit.to_output(dit.trunk.ln_f(h)[batch.segment == TARGET]))
 
 
 def test_a_dit_begins_as_the_decoder_of_its_width(vae):
@@ -959,7 +962,7 @@ def test_the_joint_loss_is_the_sum_of_its_three():
     z = model.latents(batch.tokens, batch.segment)
     other = torch.where(batch.segment == TARGET, (batch.tokens + 7) % V, batch.tokens)
     assert torch.allclose(model.latents(other, batch.segment)[batch.segment == CONTEXT], z[batch.segment == CONTEXT], atol=1e-6)
-    model.dit.forward = lambda x, segment, *rest, **more: seen.append(x) or z[: len(x)] + 0.5
+    model.dit.forward = lambda x, segment, *rest, places: seen.append(x) or (z[: len(x)] if places is None else z.flatten(0, 1)[places]) + 0.5
     losses = textldm.joint_loss(model, batch, torch.Generator().manual_seed(3), 0)
     assert losses["diffusion"].item() == pytest.approx(0.25) and torch.equal(model.dit.estimate(z, seen[0], torch.ones(4, 1)), z)
     teacher = model.teacher.hidden_states(torch.nn.functional.pad(batch.tokens, (1, 0), value=EOT), 1)[:, 1:]
@@ -988,7 +991,8 @@ def test_adaptive_times_follow_the_loss():
     dit.loss_at.zero_()
     real, batch = textldm.denoising_loss, Batch(*(x.repeat(16, 1) for x in make_batch()))
     try:
-        textldm.denoising_loss = lambda dit, z_0, context, tokens, segment, t, eps, block, n_guess: (torch.where(segment == TARGET, t[:, block] ** 2, 9.0), None, None, t[:, block])
+        at_targets = lambda t, block, batch: t[:, block].flatten()[batch.targets]
+        textldm.denoising_loss = lambda dit, z_0, context, batch, t, eps, block, n_guess: (at_targets(t, block, batch) ** 2, None, None, at_targets(t, block, batch))
         for i in range(400):
             dit.note(*flow_loss(dit, torch.zeros(64, N, 8), batch, torch.Generator().manual_seed(i))[1])
     finally:

@@ -25,7 +25,7 @@ LDLM     learns latents and DiT together, in part 6. There they are of mean 0 an
 Tags     `unspecified:` the paper is silent and the choice is ours.   `deviation:` we do otherwise.
 [TextLDM] Jiang et al. 2026, arXiv 2605.07748   [VAE] Kingma, Welling 2013, 1312.6114    [CFG] Ho, Salimans 2022, 2207.12598
 [Cola] Guo et al. 2026, 2605.06548   [LDLM] Meshchaninov et al. 2026, 2605.07933   [GPT2] Radford et al. 2019    [RoPE] Su et al. 2021, 2104.09864    [DiT] Peebles, Xie 2022, 2212.09748
-[FM] Lipman et al. 2022, 2210.02747  [SD3] Esser et al. 2024, 2403.03206   [REPA] Yu et al. 2024, 2410.06940   [AB] Chen et al. 2022, 2208.04202
+[Muon] Jordan et al. 2024, kellerjordan.github.io/posts/muon   [FM] Lipman et al. 2022, 2210.02747  [SD3] Esser et al. 2024, 2403.03206   [REPA] Yu et al. 2024, 2410.06940   [AB] Chen et al. 2022, 2208.04202
 Short of time? Read TextDiT's forward, error and estimate, part 5 (the loss and the sampler), then TextVAE.forward.
 """
 
@@ -33,6 +33,7 @@ import argparse
 import base64
 import collections
 import copy
+import functools
 import json
 import math
 import os
@@ -65,8 +66,18 @@ class Batch(collections.namedtuple("Batch", "tokens segment weight")):          
     def counted(self):                                                          # (B, N)
         return self.weight == 1
 
+    @functools.cached_property
+    def targets(self):
+        """(T,): the places of all targets in the flattened rows. `to` takes it along, as a GPU would have to be waited for to count them."""
+        return (self.segment.flatten() == TARGET).nonzero()[:, 0]
+
     def to(self, device):
-        return Batch(*(x.to(device) for x in self))
+        device = torch.device(device)
+        is_gpu = device.type == "cuda"  # it copies from pinned memory while it computes
+        move = lambda x: (x.pin_memory() if is_gpu and not x.is_cuda else x).to(device, non_blocking=is_gpu)
+        moved = Batch(*map(move, self))
+        moved.targets = move(self.targets)
+        return moved
 
 
 def option(default, help, low=None, high=None):
@@ -400,27 +411,30 @@ class TextDiT(nn.Module):
         so it steps finely where the model was trained most (section 3.2 of [TextLDM])."""
         return torch.sigmoid(self.config.t_mean + self.config.t_std * math.sqrt(2) * torch.erfinv(2 * u - 1))
 
-    def forward(self, x, segment, t, guess, mask=None, last=0, **cola):
+    def forward(self, x, segment, t, guess, mask=None, places=None, **cola):
         """x (B, N, C), clean (or dropped: zero) where segment is CONTEXT, noisy where TARGET; t (B, M), one time for a row, or one for each block (and,
-        training, a first one for the clean half of rows); guess (B, N, C), an earlier estimate of the targets' z_0, or zero. Returns velocities
-        (B, N, C), or logits (B, N, V), of the `last` tokens (0: of all). mask and cola (of blocks: when, position, memory, keep) go to the Transformer."""
+        training, a first one for the clean half of rows); guess (B, N, C), an earlier estimate of the targets' z_0, or zero. Returns velocities (B, N, C),
+        or logits (B, N, V); with places (T,) in the flattened rows those of these tokens alone, (T, C) or (T, V): the output layer is a third of the work.
+        mask and cola (of blocks: when, position, memory, keep) go to the Transformer."""
         is_target = segment == TARGET                                           # (B, N)
         h = self.from_latent(x) + self.segment_emb(is_target.long())            # (B, N, E)
         if self.config.self_condition:
             h = h + self.from_guess(guess * is_target[..., None])
         h = self.trunk(h, mask, self.time_embedding(t) if self.config.adaln else None, **cola)
-        return self.to_output(h[:, -last:]).float()                             # -0 is 0: all
+        if places is not None:
+            h = h.flatten(0, 1).index_select(0, places)                         # (T, E)
+        return self.to_output(h).float()
 
     def error(self, output, tokens, z_0, eps, t):
-        """What training minimises (B, N), of forward's output for tokens (B, N), or for latents z_0 and noise eps (B, N, C) at times t (B, N)."""
+        """What training minimises (T,), of forward's output for tokens (T,), or for latents z_0 and noise eps (T, C) at times t (T,)."""
         if self.config.predict_tokens:
-            return cross_entropy(output, tokens)                                # no velocity in it: `estimate` makes z_0 of the output, `euler` steps of that
+            return F.cross_entropy(output, tokens, reduction="none")            # no velocity in it: `estimate` makes z_0 of the output, `euler` steps of that
         _, _, d_alpha, d_sigma = interpolant(t[..., None])
         return (output - (d_alpha * z_0 + d_sigma * eps)).square().mean(-1)     # Eq. 5 of [TextLDM]
 
     def estimate(self, output, x, t, temperature=1.0):
-        """The clean latents, E[z_0 | x] (B, N, C), of targets, from forward's output for x (B, N, C) at times t (B, N or 1). A temperature
-        below 1 makes them those of likelier tokens, if it predicts tokens."""
+        """The clean latents, E[z_0 | x], of targets, from forward's output for x at times t: (B, N, C) for x (B, N, C) at t (B, N or 1), and (T, C) for
+        x (T, C) at t (T,). A temperature below 1 makes them those of likelier tokens, if it predicts tokens."""
         if not self.config.predict_tokens:
             alpha, sigma, d_alpha, d_sigma = interpolant(t[..., None])
             return (d_sigma * x - sigma * output) / (alpha * d_sigma - sigma * d_alpha)  # x - t v, if the path is straight
@@ -436,45 +450,49 @@ def interpolant(t):
     return 1 - t, t, -1, 1
 
 
-def denoising_loss(dit, z_0, context, tokens, segment, t, eps, block, n_guess=0):
-    """The loss (B, N) of each token as if it were a target, TextDiT.error, and what `estimate` takes: output, z_t and its times (B, N). For latents z_0
-    and noise eps (B, N, C), tokens and segment (B, N), the block (N,) of each token (0, but for Cola DLM), times t (B, M); context (B, N, C) is z_0,
+def denoising_loss(dit, z_0, context, batch, t, eps, block, n_guess=0):
+    """The loss (T,) of each target of a batch, TextDiT.error, and what `estimate` takes: output, z_t (T, C) and its times (T,). For latents z_0
+    and noise eps (B, N, C), the block (N,) of each token (0, but for Cola DLM), times t (B, M); context (B, N, C) is z_0,
     or zeros in rows where it is dropped. Self-conditioning [AB]: a sample is told what the step before estimated; in training the first n_guess
     rows are told what a first pass estimates, the rest zeros, as in the first step of sampling."""
-    B, N, _ = z_0.shape
+    (B, N, _), segment, targets = z_0.shape, batch.segment, batch.targets
     at = t[:, block]                                                            # (B, N): the time of each token
     alpha, sigma, *_ = interpolant(at[..., None])                               # (B, N, 1) each
     z_t = alpha * z_0 + sigma * eps                                             # (B, N, C)
     if not dit.config.latent_block:
-        x, cola = torch.where((segment == TARGET)[..., None], z_t, context), {}  # (B, N, C)
+        x, places, first, cola = torch.where((segment == TARGET)[..., None], z_t, context), targets, None, {}  # (B, N, C), (T,)
     else:  # Cola DLM takes a row twice at once, [clean ; noisy], so that each block is a target with its clean history
-        side, twice = torch.tensor((CONTEXT, TARGET), device=z_t.device).repeat_interleave(N), block.repeat(2)  # (2 N,) each
+        side, twice = torch.arange(2, device=z_t.device).repeat_interleave(N), block.repeat(2)  # (2 N,) each: CONTEXT is 0, TARGET 1
         x, segment, t = torch.cat((context, z_t), dim=1), side.expand(B, -1), F.pad(t, (1, 0))  # (B, 2 N, C), (B, 2 N), (B, 1 + M)
+        places = targets + (targets // N + 1) * N                               # (B N,): all noisy tokens
+        first = places[: n_guess * N]
         cola = dict(when=torch.where(side == TARGET, 1 + twice, 0),             # (2 N,): clean tokens are at t = 0, noisy ones at their block's
-                    mask=who_sees_whom(side, twice), position=torch.arange(N, device=x.device).repeat(2), last=N)
+                    mask=who_sees_whom(side, twice), position=torch.arange(N, device=x.device).repeat(2))
     guess = torch.zeros_like(x)
     if dit.config.self_condition and n_guess:
         with torch.no_grad():
-            output = dit(x[:n_guess], segment[:n_guess], t[:n_guess], guess[:n_guess], **cola)
+            output = dit(x[:n_guess], segment[:n_guess], t[:n_guess], guess[:n_guess], places=first, **cola).view(n_guess, N, -1)
             guess[:n_guess, -N:] = dit.estimate(output, z_t[:n_guess], at[:n_guess])
         torch.clear_autocast_cache()  # before torch 2.10 the second pass would reuse weights cast without a gradient (pytorch#112583)
-    output = dit(x, segment, t, guess, **cola)                                  # (B, N, V), or (B, N, C)
+    output = dit(x, segment, t, guess, places=places, **cola)                   # (T, V), or (T, C)
+    tokens, z_0, eps, z_t, at = (x.flatten(0, 1).index_select(0, targets) for x in (batch.tokens, z_0, eps, z_t, at[..., None]))  # (T, ...) each
+    at = at[:, 0]
     return dit.error(output, tokens, z_0, eps, at), output, z_t, at
 
 
 def flow_loss(dit, z_0, batch, generator):
-    """The loss of stage 2 on a batch with latents z_0 (B, N, C), and each token's loss, time and weight (B, N), for LDLM's times. All randomness is the generator's."""
+    """The loss of stage 2 on a batch with latents z_0 (B, N, C), and each target's loss, time and weight (T,), for LDLM's times. All randomness is the generator's."""
     (B, N, _), b, device = z_0.shape, dit.config.latent_block, z_0.device
-    block = torch.zeros(N, dtype=torch.long, device=device)                     # TextLDM: a row has one target and one time
+    M, block = 1, torch.zeros(N, dtype=torch.long, device=device)               # TextLDM: a row has one target and one time
     if b:  # the first block is cut short at random: in sampling, blocks are counted from a prompt's end
-        block = (torch.arange(N, device=device) + torch.randint(b, (), generator=generator, device=device)) // b
-    u = torch.rand(2 + int(block[-1]), B, generator=generator, device=device)   # (M + 1, B): M quantiles of times, and whether the context is dropped
+        M, block = (N + b - 2) // b + 1, (torch.arange(N, device=device) + torch.randint(b, (1,), generator=generator, device=device)) // b
+    u = torch.rand(M + 1, B, generator=generator, device=device)                # quantiles of times, and whether the context is dropped
     eps = torch.randn(z_0.shape, generator=generator, device=device)
     t, drop = dit.times(u[:-1].T), u[-1] < dit.config.context_drop          # (B, M), (B,)
     context = z_0.masked_fill(drop[:, None, None], 0)                           # (B, N, C)
-    loss, *_, at = denoising_loss(dit, z_0, context, batch.tokens, batch.segment, t, eps, block, n_guess=(B + 1) // 2)
+    loss, *_, at = denoising_loss(dit, z_0, context, batch, t, eps, block, n_guess=(B + 1) // 2)
     # Cola DLM (TextLDM's first tokens have weight): the first block of a row from the middle of a text is no example of how texts begin
-    weight = batch.weight * (batch.segment == TARGET) * ((block > 0) | (batch.weight[:, :1] > 0))  # (B, N)
+    weight = (batch.weight * ((block > 0) | (batch.weight[:, :1] > 0))).flatten()[batch.targets]  # (T,)
     return weighted_mean(loss, weight), (loss.detach(), at, weight)
 
 
@@ -566,7 +584,7 @@ def continue_in_blocks(vae, dit, prompts, length, eot, seed, callback, **how):
             x = torch.cat((clean, 0 * clean) if guided else (clean,))[:, -new:]  # (B or 2 B, new, C)
             mask = who_sees_whom(torch.full_like(place, CONTEXT), (place - end) // b) & same_segment(inside)  # (B, 1, L, L)
             dit(x, torch.full(x.shape[:2], CONTEXT, device=device), x.new_zeros(len(x), 1), torch.zeros_like(x),
-                mask[:, :, -new:].repeat(1 + guided, 1, 1, 1), last=1, position=place[-new:], memory=memory, keep=window)
+                mask[:, :, -new:].repeat(1 + guided, 1, 1, 1), places=place[:0], position=place[-new:], memory=memory, keep=window)
         clean, inside = clean[:, -window:], F.pad(inside[:, -window:], (0, b), value=True)  # (B, L, C), (B, L + b): L is now at most window
         z = torch.stack([torch.randn(b, clean.shape[-1], generator=g) for g in generators]).to(device)  # (B, b, C)
         z = denoise(dit, z, torch.zeros_like(z), torch.full(z.shape[:2], TARGET, device=device), same_segment(inside)[:, :, -b:],
@@ -619,17 +637,23 @@ class LatentDiT(TextDiT):
     def estimate(self, output, x, t, temperature=1.0):
         return output
 
-    def note(self, loss, t, weight):                                            # (B, N) each, for loss_at. Of several processes rank 0's are kept
-        nearest = (t * (len(self.loss_at) - 1)).round().long().flatten()        # (B N,)
-        total, count = (torch.zeros_like(self.loss_at).index_add(0, nearest, x.flatten()) for x in (loss * weight, weight))  # (64,) each
+    def note(self, loss, t, weight):                                            # (T,) each, for loss_at. Of several processes rank 0's are kept
+        nearest = (t * (len(self.loss_at) - 1)).round().long()                  # (T,)
+        total, count = (torch.zeros_like(self.loss_at).index_add(0, nearest, x) for x in (loss * weight, weight))  # (64,) each
         self.loss_at.lerp_(torch.where(count > 0, total / count.clamp(min=1e-9), self.loss_at), 0.1)
 
     def times(self, u):
         if not self.config.adaptive_times:
             return super().times(u)
-        even, rise = np.linspace(0, 1, len(self.loss_at)), (self.loss_at.cummax(0).values - self.loss_at[0]).cpu().double().numpy()
-        cdf = 0.9 * rise / max(rise[-1], 1e-9) + 0.1 * even
-        return torch.from_numpy(np.interp(u.cpu().double(), cdf / cdf[-1], even)).to(u)
+        even = torch.linspace(0, 1, len(self.loss_at), device=self.loss_at.device).double()  # (64,)
+        rise = (self.loss_at.cummax(0).values - self.loss_at[0]).double()       # (64,)
+        cdf = 0.9 * rise / rise[-1].clamp(min=1e-9) + 0.1 * even
+        cdf = cdf / cdf[-1]
+        # the inverse of the cdf at u, a straight line between each two of its points
+        q = u.to(cdf)
+        right = torch.searchsorted(cdf, q.contiguous()).clamp(1, len(cdf) - 1)
+        share = (q - cdf[right - 1]) / (cdf[right] - cdf[right - 1])
+        return (even[right - 1] + share * (even[right] - even[right - 1])).to(u)
 
 
 class LDLM(nn.Module):
@@ -772,7 +796,7 @@ class TrainConfig(Config):
     learning_rate: float = option(0.0, "at its peak; 0: 4e-3 with Muon, 1e-3 without", 0)
     warmup: int = option(100, "steps of linear warm-up, before a cosine down to a tenth", 0)
     weight_decay: float = option(0.01, "on matrices only (the paper's)", 0)
-    muon: bool = option(hasattr(torch.optim, "Muon"), "deviation: Muon for blocks' matrices (torch 2.9 on)", 0, hasattr(torch.optim, "Muon"))
+    muon: bool = option(True, "deviation: Muon for blocks' matrices")
     eval_interval: int = option(250, "steps between evaluations and checkpoints", 1)
     log_interval: int = option(20, "steps between lines of metrics", 1)
     device: str = option("auto", "cpu, cuda, mps, or auto")
@@ -821,8 +845,19 @@ def run(main):  # a script's; what the user can mend becomes one line and exit c
         sys.exit(code)
 
 
+def pick_dtype(device):
+    """What to multiply in, the one decision for networks and optimisers: bf16 where the hardware has it. Elsewhere it is emulated, slower by far than fp32."""
+    if device.type == "cuda":
+        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":  # its instructions, and that torch uses AVX-512 (ATEN_CPU_CAPABILITY=avx2 forbids it, to measure what others see)
+        is_native = torch.cpu._is_avx512_bf16_supported() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    else:
+        is_native = False
+    return torch.bfloat16 if is_native else torch.float32
+
+
 def pick_device(name):
-    """A torch.device, and the autocast to compute in: bf16 where the hardware has it, not where it is emulated."""
+    """A torch.device, and the autocast to compute in."""
     if name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"                        # torchrun's, one GPU a process
     name = name if name != "auto" else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -831,9 +866,7 @@ def pick_device(name):
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device={name} is not available here ({str(e)[:80]!r})") from None
-    bf16 = dict(cpu=getattr(torch.cpu, "_is_avx512_bf16_supported", bool),
-                cuda=lambda: torch.cuda.is_bf16_supported(including_emulation=False)).get(device.type, bool)()
-    return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=pick_dtype(device) == torch.bfloat16)
 
 
 def write_whole(path, content):
@@ -885,6 +918,36 @@ def model_from(cls, config_cls, state):
         raise UserError(f"the {state.get('kind')} does not fit this code ({type(e).__name__}: {str(e)[:40]!r}); train it again") from None
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon, for matrices [Muon]: steps along the momentum made orthogonal, as long as AdamW's. The same as torch.optim.Muon, which multiplies in bf16
+    wherever it runs; where that is emulated its step takes 27 times as long as in fp32. Here it has the precision of all else."""
+
+    def __init__(self, params, weight_decay, dtype):
+        super().__init__(params, dict(lr=0.0, weight_decay=weight_decay))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 0.05)
+                update = orthogonal(p.grad.lerp(momentum, 0.95), self.dtype)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-0.2 * math.sqrt(max(p.shape)) * group["lr"])
+
+
+def orthogonal(x, dtype):
+    """The nearest orthogonal matrix, roughly: five steps of Newton and Schulz bring all singular values to between 0.7 and 1.2, with the
+    coefficients of [Muon], which lift small ones fast."""
+    y = (x.T if x.shape[0] > x.shape[1] else x).to(dtype)
+    y = y / y.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = y @ y.T
+        y = torch.addmm(y, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), y, beta=3.4445)
+    return y.T if x.shape[0] > x.shape[1] else y
+
+
 class Objective(nn.ModuleDict):  # a loss as the forward of a module, for DistributedDataParallel to wrap
     def forward(self, loss_of, *micro_batch):
         return loss_of(self["net"], *micro_batch)
@@ -908,7 +971,7 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=Tru
     optimizers = [torch.optim.AdamW([dict(params=matrices), dict(params=vectors, weight_decay=0)], betas=(0.9, 0.98),
                                     weight_decay=cfg.weight_decay, fused=device.type != "mps")]
     if cfg.muon:
-        optimizers.append(torch.optim.Muon(hidden, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(hidden, cfg.weight_decay, pick_dtype(device)))
     parts = dict(model=model, average=average, **{type(o).__name__: o for o in optimizers})
     identity = dict(kind=stage, tokenizer=corpus.tokenizer, config=asdict(model.config), **extra, data=corpus.meta.get("sha256", len(corpus.tokens)),
                     accumulate=cfg.accumulate * world, **{k: getattr(cfg, k) for k in ("seed", "batch_size", "warmup", "weight_decay", "muon")})
@@ -934,7 +997,8 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=Tru
         except (OSError, *BROKEN) as e:
             raise UserError(f"{last} and {metrics.name} do not fit this code ({type(e).__name__}); start without --resume") from None
     save = lambda: rank or write_whole(last, dict(step=step, best=best, horizon=horizon, **{k: part.state_dict() for k, part in parts.items()}, **identity))
-    print(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters on {device}, rows of {corpus.N} tokens", flush=True)
+    precision = "bf16, as it has that" if pick_dtype(device) == torch.bfloat16 else "fp32, as it has no bf16 of its own"
+    print(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters on {device}, which multiplies in {precision}; rows of {corpus.N} tokens", flush=True)
     stops = []  # a signal lets the step finish and be saved, then Ctrl-C stops at once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: (stops.append(number), signal.signal(signal.SIGINT, signal.SIG_DFL)))

@@ -103,7 +103,7 @@ def main():
     eps = torch.randn(*rows.tokens.shape, config.channels, generator=torch.Generator().manual_seed(0)).to(device)
 
     N, b = rows.tokens.shape[1], config.latent_block
-    block = torch.arange(N, device=device) // (b or N)                          # (N,)
+    block, n_blocks = torch.arange(N, device=device) // (b or N), (N - 1) // (b or N) + 1  # (N,)
     # for the column `shuffled`, whose text takes the place of a row's context: the next row's that is long enough
     cuts, lengths, B = (rows.segment == CONTEXT).sum(1).tolist(), rows.counted.sum(1).tolist(), len(eps)
     needs = [n - 1 if b else cut for cut, n in zip(cuts, lengths)]              # blocks: all of a row is context of something
@@ -113,19 +113,23 @@ def main():
     def evaluate(net):
         space, dit = (net, net.dit) if joint else (vae, net)
         tokens, segment, _ = rows
-        counted = rows.counted & (segment == TARGET) & ((block > 0) | rows.counted[:, :1])  # as in flow_loss
+        counted = (rows.counted & ((block > 0) | rows.counted[:, :1])).flatten()[rows.targets]  # (T,), as in flow_loss
         z_0 = space.latents(tokens, segment)                                    # (B, N, C)
         strange = space.latents(tokens[donor] if b else torch.where(segment == CONTEXT, tokens[donor], tokens), segment)
         mean = lambda x: weighted_mean(x.float(), counted).item()
+        of_targets = lambda x: x.flatten(0, 1)[rows.targets]                    # (B, N, ...) -> (T, ...)
+
+        def accuracy(z):  # of targets' estimated latents z (T, C)
+            whole = z_0.flatten(0, 1).index_copy(0, rows.targets, z).view_as(z_0)  # (B, N, C)
+            return mean(of_targets(space.to_tokens(whole, segment) == tokens))
         table = []
         for t in torch.arange(1, 10, device=device) / 10:
-            times = t.expand(len(z_0), int(block[-1]) + 1)                      # (B, M)
-            loss, output, z_t, at = denoising_loss(dit, z_0, z_0, tokens, segment, times, eps, block, n_guess=len(z_0))
-            shuffled, *_ = denoising_loss(dit, z_0, strange, tokens, segment, times, eps, block, n_guess=len(z_0))
-            predicted = dit.estimate(output, z_t, at)
-            noisy = z_t / interpolant(t)[0]                                     # z_t / alpha: z_0, and noise
-            table.append(dict(t=round(t.item(), 1), loss=mean(loss), shuffled=mean(shuffled),
-                              noisy=mean(space.to_tokens(noisy, segment) == tokens), predicted=mean(space.to_tokens(predicted, segment) == tokens)))
+            times = t.expand(len(z_0), n_blocks)                                # (B, M)
+            loss, output, z_t, at = denoising_loss(dit, z_0, z_0, rows, times, eps, block, n_guess=len(z_0))
+            shuffled, *_ = denoising_loss(dit, z_0, strange, rows, times, eps, block, n_guess=len(z_0))
+            predicted = accuracy(dit.estimate(output, z_t, at))
+            noisy = accuracy(z_t / interpolant(t)[0])                           # z_t / alpha: z_0, and noise
+            table.append(dict(t=round(t.item(), 1), loss=mean(loss), shuffled=mean(shuffled), noisy=noisy, predicted=predicted))
         lines = ["".join(f"{k:>11}" for k in table[0])] + ["".join(f"{x:11.4f}" for x in row.values()) for row in table]
         prompts = [row[: n // 2 if b else cut].tolist()[: N // 2] for row, cut, n in zip(tokens[:4], cuts, lengths)]
         scale = 3.0 if config.context_drop else 1.0
