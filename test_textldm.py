@@ -3,6 +3,7 @@
 Each test guards one thing, and fails when that thing is broken (we broke each once to see).
 """
 
+import contextlib
 import gzip
 import importlib.util
 import json
@@ -269,6 +270,16 @@ def test_standardised_latents_have_mean_0_and_std_1(vae):
     assert z.mean(0).abs().max() < 1e-4 and (z.std(0) - 1).abs().max() < 1e-3
 
 
+def test_active_channels_are_those_that_vary(vae):
+    """By the variance of the means over tokens, from 0.01 on."""
+    batches = [make_batch(64, seed=i) for i in range(2)]
+    for variances, active in (([0, 0.005, 0.02, 0.3, 0.8, 4], 4), ([0.009] * 6, 0), ([0.011] * 6, 6)):
+        mu = torch.cat([vae.posterior(b.tokens, b.segment)[0][b.counted] for b in batches])
+        vae.to_posterior.weight.data[:C] *= (torch.tensor(variances) / mu.var(0)).sqrt()[:, None].nan_to_num()
+        assert vae.standardise(batches) == active
+        randomise(vae)
+
+
 def test_an_untrained_dit_predicts_zero(vae):
     dit = TextDiT(DiTConfig(**SMALL, channels=C, predict_tokens=False))
     z_0, eps, batch = torch.randn(4, N, C), torch.randn(4, N, C), make_batch()
@@ -324,6 +335,68 @@ def test_flow_loss_learns_from_targets_alone(vae, dit):
     assert torch.equal(loss_on(dit, vae, all_context, 0), loss)
     more_tail = batch._replace(weight=torch.where((batch.segment == TARGET) & (batch.weight < 1), 1.0, batch.weight))
     assert not torch.equal(loss_on(dit, vae, more_tail, 0), loss)
+
+
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8), (16, 16)])
+def test_muon_steps_along_an_orthogonal_matrix(shape):
+    """Of the same singular vectors as the momentum, all singular values near 1, in fp32 and in bf16, and as long as a step of AdamW."""
+    gradients = torch.randn(3, *shape)
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
+        u, _, vt = torch.linalg.svd(gradients[0], full_matrices=False)
+        around = u.T @ textldm.orthogonal(gradients[0], dtype).float() @ vt.T
+        assert (around - around.diag().diag()).abs().max() < tolerance and 0.6 < around.diag().min() and around.diag().max() < 1.3
+        p = torch.nn.Parameter(torch.zeros(shape))
+        optimizer = textldm.Muon([p], 0.0, dtype)
+        optimizer.param_groups[0]["lr"] = 1.0
+        momentum = torch.zeros(shape)
+        for p.grad in gradients:
+            before, momentum = p.detach().clone(), 0.95 * momentum + 0.05 * p.grad
+            optimizer.step()
+            step = 0.2 * max(shape) ** 0.5 * textldm.orthogonal(0.05 * p.grad + 0.95 * momentum, dtype).float()
+            assert torch.allclose(p - before, -step, atol=0.1 * tolerance)
+        assert 0.1 < (p - before).square().mean().sqrt() < 0.3
+
+
+def test_muon_is_that_of_torch():
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch has had it since 2.9")
+    start, gradients = torch.randn(8, 20), torch.randn(4, 8, 20)
+    a, b = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    ours, theirs = textldm.Muon([a], 0.1, torch.bfloat16), torch.optim.Muon([b], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    ours.param_groups[0]["lr"] = 0.01
+    for a.grad in gradients:
+        b.grad = a.grad.clone()
+        ours.step(), theirs.step()
+    assert torch.allclose(a, b, atol=1e-3) and not torch.allclose(a, start, atol=1e-2)
+
+
+@pytest.mark.parametrize("instructions, capability, dtype", [(True, "AVX512", torch.bfloat16), (False, "AVX512", torch.float32), (True, "AVX2", torch.float32)])
+def test_networks_and_optimiser_multiply_in_what_the_hardware_has(home, tmp_path, monkeypatch, capsys, instructions, capability, dtype):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    seen, orthogonal, forward = set(), textldm.orthogonal, GPT.forward
+    monkeypatch.setattr(textldm, "orthogonal", lambda x, dtype: seen.add(dtype) or orthogonal(x, dtype))
+    monkeypatch.setattr(GPT, "forward", lambda *x: seen.add((y := forward(*x)).dtype) or y)
+    train(home, "bench/train_gpt.py", f"--out={tmp_path}", steps=1)
+    assert seen == {dtype} and str(dtype)[-2:] in capsys.readouterr().out.split("multiplies in ")[1].split(",")[0]
+
+
+def test_no_step_waits_for_a_gpu(vae, dit, cola, monkeypatch):
+    """On torch's meta device, whose tensors have shapes and no values, whatever asks for one raises. So nothing in the losses of all stages, in their backward
+    passes and in the steps of the sampler does; `train` asks once a step, for the norm of the gradient."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **more: contextlib.nullcontext())  # it does not know the device
+    teacher = randomise(GPT(TrunkConfig(**SMALL, block_size=N + 1, vocab_size=V)))
+    batch, joint = make_batch().to("meta"), ldlm().to("meta")
+    vae, dit, teacher, blocks = (net.to("meta") for net in (vae, dit, teacher, cola[1]))
+    with pytest.raises(Exception, match="meta"):
+        bool(batch.weight.any())
+    z_0 = vae.latents(batch.tokens, batch.segment)
+    losses = [vae(batch, teacher_features(teacher, batch.tokens, EOT))["loss"], flow_loss(dit, z_0, batch, None)[0],
+              flow_loss(blocks, z_0, make_batch()._replace(segment=torch.full((4, N), TARGET)).to("meta"), None)[0],
+              textldm.joint_loss(joint, batch, None, 3)["loss"], textldm.cross_entropy(teacher(batch.tokens), batch.tokens).mean()]
+    sum(losses).backward()
+    z = textldm.denoise(dit, z_0, z_0, batch.segment, all_of(z_0).to("meta"), steps=3, cfg_scale=2.0)
+    assert z.shape == z_0.shape and joint.dit.times(torch.rand(5, device="meta")).shape == (5,)
 
 
 def test_every_parameter_learns_in_bf16(vae, dit):
@@ -792,6 +865,23 @@ def test_pieces_of_any_size_give_the_same_lines(tmp_path):
             assert list(prepare.Files([tmp_path / name])()) == DOCUMENTS
 
 
+def test_every_document_is_followed_by_an_end_of_text(tmp_path, monkeypatch):
+    """Of any length, however many blocks they are encoded in, and in their order."""
+    rng = np.random.default_rng(0)
+    texts = ["x" * 3000, "\n", " ", "a\n\n", "b " * 5000, *("word " * int(n) + "end" for n in rng.integers(0, 300, 400)), "y" * 70000, "z"]
+    spec = importlib.util.spec_from_file_location("prepare", ROOT / "data/prepare.py")
+    prepare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(prepare)
+    prepare.PIECE = 1 << 12
+    tokenizer = dict(encoding="bpe", vocab_size=280, eot=279, bpe=prepare.train_bpe(iter(texts), 280))
+    prepare.write_bins(tmp_path, textldm.load_encoding(tokenizer), 279, "uint16", [("train", lambda: texts)], 0.5)
+    (tmp_path / "train.bin.tmp").rename(tmp_path / "train.bin")
+    (tmp_path / "meta.json").write_text(json.dumps(dict(tokenizer, dtype="uint16", layout="documents", longest=99)))
+    corpus = Corpus(tmp_path, "train", 2)
+    found = np.split(corpus.tokens, corpus.ends)
+    assert [corpus.encoding.decode(d[:-1].tolist()) for d in found[:-1]] == texts and not len(found[-1])
+
+
 def test_val_within_the_folder_is_not_trained_on(tmp_path):
     (tmp_path / "in").mkdir()
     jsonl(tmp_path / "in/a.jsonl", ["for training"] * 9)
@@ -846,7 +936,8 @@ def test_rows_are_documents_cut_anywhere(home):
     corpus = Corpus(home / "data", "train", 64)
     documents = set(corpus.encoding.decode(corpus.tokens.tolist()).split("<|endoftext|>"))
     tokens, segment, weight = corpus.batch(np.random.default_rng(0), 500, 64)
-    empty = inside = 0
+    empty = inside = within = 0
+    whole = {text: corpus.encoding.encode_ordinary(text) for text in documents}
     for row, s, w in zip(tokens, segment, weight):
         n = row.tolist().index(corpus.eot) + 1
         assert (w[:n] == 1).all() and (w[n:] == textldm.TAIL_WEIGHT).all() and (row[n:] == corpus.eot).all()
@@ -855,7 +946,8 @@ def test_rows_are_documents_cut_anywhere(home):
         assert corpus.encoding.encode_ordinary(context) == row[s == CONTEXT].tolist()  # and reads as a prompt would
         empty += not context
         inside += context[-1:].isalpha() and target[:1].isalpha()
-    assert empty > 40 and inside > 50
+        within += row[: n - 1].tolist() != whole[context + target]  # the cut was inside a token
+    assert empty > 40 and inside > 50 and within > 30
 
 
 def test_only_beginnings_have_an_empty_context(home):
@@ -1165,6 +1257,102 @@ def test_training_learns_and_remembers(home, tmp_path):
         assert averaged == (stage == "dit") and best["step"] in range(2, 61, 2)
 
 
+def taken(home, path, *more):
+    """What a script gives to `train`, and does not train."""
+    found = []
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(textldm, "train", lambda *given, **named: found.append((given, named)))
+        train(home, path, *more)
+    return found[0]
+
+
+def test_beta_grows_from_zero_over_its_warm_up(home):
+    (_, _, vae, corpus, loss_of, *_), _ = taken(home, "train_vae.py", "--beta=0.5", "--beta_warmup=10", "--teacher=none")
+    batch = corpus.batch(np.random.default_rng(0), 8, corpus.N)
+    batch = batch._replace(weight=batch.counted.float())
+    losses = [loss_of(randomise(vae), batch, torch.Generator().manual_seed(0), step) for step in (0, 5, 10, 99)]
+    betas = [((x["loss"] - x["ce"]) / x["kl"]).item() for x in losses]
+    assert betas == pytest.approx([0, 0.25, 0.5, 0.5], abs=1e-3)
+
+
+def test_shuffled_contexts_are_of_other_rows(home):
+    (_, _, dit, _, _, evaluate, *_), _ = taken(home, "train_dit.py")
+    table = evaluate(randomise(dit, scale=0.2))["table"]
+    assert all(abs(row["shuffled"] - row["loss"]) > 1e-3 for row in table)
+    dit.forward = lambda x, *_, places=None: torch.zeros(*(x.shape[:2] if places is None else [len(places)]), dit.config.vocab_size)
+    assert all(row["shuffled"] == row["loss"] for row in evaluate(dit)["table"]), "one that reads no context"
+
+
+class Toy(torch.nn.Module):
+    """A matrix, and a vector that no loss depends on."""
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.h = TrunkConfig(), torch.nn.ModuleDict(dict(mlp=torch.nn.Linear(2, 3)))
+        for p in self.parameters():
+            p.data.fill_(1)
+
+
+def train_toy(out, loss_of, steps=3, muon=False, **options):
+    """Trains a Toy by `textldm.train`. loss_of(matrix, batch, step). Returns its weights, their average, and its metrics."""
+    class Rows:
+        tokenizer, meta, N, tokens = {}, {}, 4, [0]
+
+        def fixed_batches(self, *_, **__):
+            return []
+
+        def training_batch(self, rng, B, cut_words=True):
+            weight = torch.from_numpy(rng.random((B, 4))).float()
+            return Batch(torch.from_numpy(rng.integers(9, size=(B, 4))), torch.ones(B, 4, dtype=torch.long), weight)
+    cfg = textldm.TrainConfig(out=str(out), max_steps=steps, eval_interval=1, log_interval=1, batch_size=2, device="cpu", muon=muon, learning_rate=0.1, warmup=0, **options)
+    loss = lambda net, batch, generator, step: dict(loss=loss_of(net.h["mlp"].weight, batch, step) + 0 * net.h["mlp"].bias.sum())
+    textldm.train("toy", cfg, Toy(), Rows(), loss, lambda model: dict(loss=0.0), lambda batch: batch.weight.sum(), ema=True)
+    lines = [json.loads(line) for line in (out / "toy.jsonl").read_text().splitlines()]
+    state = load_checkpoint(out / "toy_last.pt", "toy", "")
+    weights, average = ({k.split(".")[-1]: v for k, v in state[part].items()} for part in ("model", "average"))
+    return weights, average, [line for line in lines if "norm" in line]
+
+
+def test_the_average_follows_the_weights_at_its_rate(tmp_path):
+    """By a decay that grows to 0.999: (1 + k) / (10 + k) after k steps."""
+    seen = []
+    weights, average, _ = train_toy(tmp_path, lambda matrix, *_: seen.append(matrix.detach().clone()) or matrix.sum(), steps=120)
+    averages = []
+    for most in (0.999, 0.9):
+        averages.append(seen[0])
+        for k, after in enumerate([*seen[1:], weights["weight"]]):
+            decay = min(most, (2 + k) / (11 + k))
+            averages[-1] = decay * averages[-1] + (1 - decay) * after
+    assert torch.allclose(average["weight"], averages[0], atol=1e-5) and not torch.allclose(*averages, atol=1e-3), "this run tells 0.999 from 0.9"
+
+
+def test_gradients_are_clipped_to_a_norm_of_1(tmp_path):
+    """So a huge one counts as one of norm 1, and one of less as it is. (The first step's, beside two of 0.1.)"""
+    loss_of = lambda norm: lambda matrix, batch, step: (norm if step == 0 else 0.1) * matrix.sum() / 6**0.5
+    huge, one, small = (train_toy(tmp_path / str(norm), loss_of(norm))[0]["weight"] for norm in (1000.0, 1.0, 0.5))
+    assert torch.allclose(huge, one, atol=1e-5) and not torch.allclose(small, one, atol=1e-3)
+
+
+@pytest.mark.parametrize("muon", (False, True))
+def test_weight_decay_is_of_matrices_alone(tmp_path, muon):
+    weights, *_ = train_toy(tmp_path, lambda matrix, *_: 0 * matrix.sum(), weight_decay=0.5, muon=muon)
+    assert torch.equal(weights["bias"], torch.ones(3)) and weights["weight"].max() < 0.9
+
+
+def test_micro_batches_count_by_their_share(tmp_path):
+    """Two of two rows, of different weights, are one of four: the loss, its gradient's norm and the step."""
+    seen = []
+
+    def loss_of(matrix, batch, step):
+        seen.append((batch.tokens, batch.weight))
+        return textldm.weighted_mean(matrix.sum() * batch.tokens.float().square(), batch.weight) * 1e-3
+    *_, lines = train_toy(tmp_path, loss_of, steps=1, accumulate=2)
+    (a, w), (b, v) = seen
+    assert w.sum() != v.sum()
+    mean = ((a.square() * w).sum() + (b.square() * v).sum()) / (w.sum() + v.sum()) * 1e-3
+    assert lines[0]["loss"] == pytest.approx(6 * mean.item(), rel=1e-5) and lines[0]["norm"] == pytest.approx(6**0.5 * mean.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("keep_last, step", [(False, 2), (True, 4)])
 def test_the_best_checkpoint_is_kept_or_where_asked_the_latest(home, tmp_path, keep_last, step):
     corpus, val = Corpus(home / "data", "train", N), iter((2.0, 1.0, 4.0, 3.0))
@@ -1188,6 +1376,21 @@ def test_sample_writes_continues_and_warns(home, tmp_path, capsys):
     sample(f"--prompts={tmp_path / 'in.jsonl'}", f"--output={tmp_path / 'out.jsonl'}", "--batch_size=1")
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == [1, 2] and all(isinstance(line["text"], str) for line in lines)
+
+
+def test_the_seed_of_sample_draws_the_noise(home, tmp_path, capsys):
+    """Of a DiT of random weights: that of `home` has learnt too little to write two texts."""
+    out = copy_of(home, tmp_path) / "out"
+    state = load_checkpoint(out / "dit.pt", "dit", "")
+    generator = torch.Generator().manual_seed(0)
+    state["model"] = {k: torch.randn(v.shape, generator=generator) * (3 if k == "latent_of" else 0.5) for k, v in state["model"].items()}
+    write_whole(out / "dit.pt", state)
+
+    def sample(*more):
+        script("sample.py", "--out", out, "--prompt=greek", "--steps=3", "--length=8", "--device=cpu", *more)
+        return capsys.readouterr().out
+    for more in ((), (f"--gpt={out / 'gpt.pt'}",)):
+        assert len({sample(f"--seed={i}", *more) for i in range(4)}) == 4 and sample(*more) == sample("--seed=0", *more)
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,7 @@ import math
 import os
 import signal
 import sys
+import time
 import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -744,12 +745,23 @@ class Corpus:
         if len(self.tokens) < self.N or not len(self.ends):
             raise UserError(f"{path} has {len(self.tokens)} tokens, less than one row of {self.N}; prepare more text")
 
-    def batch(self, rng, B, N, device="cpu", cut_words=True):
+    def training_batch(self, rng, B, cut_words=True):
+        """B rows of random length, as sampling has rows of any. deviation: the paper truncates rows at random; here the rows of a batch share one length.
+        Documents are chosen alike in length, so that little of a row is tail; but a batch in eight has rows of full length, in which tails are long."""
+        if self.is_stream:
+            return self.batch(rng, B, max(self.N * int(rng.integers(4, 9)) // 8, 2), cut_words=cut_words)
+        some = rng.integers(len(self.ends), size=8 * B)
+        lengths = np.minimum(self.ends[some] - np.where(some > 0, self.ends[some - 1], 0), self.N)
+        of_like_length = np.argsort(lengths, kind="stable").reshape(8, B)[rng.integers(8)]
+        N = self.N if rng.random() < 0.125 else max(lengths[of_like_length].max(), 2)
+        return self.batch(rng, B, int(N), cut_words=cut_words, documents=some[of_like_length])
+
+    def batch(self, rng, B, N, device="cpu", cut_words=True, documents=None):
         """B rows of N tokens, each (if not whole) cut in context and target at a place drawn anew: at the start, between tokens or, in about
         one row of six, inside one, so that any prompt is in distribution. unspecified: all of this. The paper cuts, and does not say where."""
         tokens, cuts, lengths = np.full((B, N), self.eot), np.zeros(B, int), np.zeros(B, int)
         for i in range(B):
-            d = rng.integers(len(self.ends))
+            d = rng.integers(len(self.ends)) if documents is None else documents[i]
             first, end = self.ends[d - 1] if d else 0, self.ends[d]
             start = first + rng.integers(max(end - first - N, 0) + 1)           # a random stretch of what is longer
             row = self.tokens[start : min(end, start + N + 4)].tolist()         # a few more, as cut_word may merge some
@@ -948,14 +960,19 @@ def orthogonal(x, dtype):
     return y.T if x.shape[0] > x.shape[1] else y
 
 
+def minutes(seconds):
+    return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
 class Objective(nn.ModuleDict):  # a loss as the forward of a module, for DistributedDataParallel to wrap
     def forward(self, loss_of, *micro_batch):
         return loss_of(self["net"], *micro_batch)
 
 
-def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=True, ema=False, keep_last=False, **extra):
+def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=True, ema=False, keep_last=False, whole=0, **extra):
     """The loop of all stages. loss_of(net, batch, generator, step) and evaluate(model) return dicts with `loss`, the latter on
-    val; weight_of(batch) is the sum of the weights that `loss` is a mean by, or about that; extra is what else a resumed run must share. Writes STAGE.pt (best
+    val; weight_of(batch) is the sum of the weights that `loss` is a mean by, or about that; extra is what else a resumed run must share. After its first
+    steps it says how long it will take, and the whole, of which this is one part in `whole`. Writes STAGE.pt (best
     by val, or the latest with `keep_last`; of averaged weights with `ema`), STAGE_last.pt and STAGE.jsonl. All randomness comes from (seed, step, micro-batch): there
     is no state of it to save, and under torchrun K processes of A micro-batches each compute what one with K A does."""
     (device, autocast), out = pick_device(cfg.device), Path(cfg.out)
@@ -1007,11 +1024,10 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=Tru
         for micro in range(rank * cfg.accumulate, (rank + 1) * cfg.accumulate):
             rng = np.random.default_rng((cfg.seed, step, micro))
             generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
-            # deviation: the paper truncates rows at random; here the rows of a micro-batch share one length
-            N = max(corpus.N * int(rng.integers(4, 9)) // 8, 2)
-            yield corpus.batch(rng, cfg.batch_size, N, cut_words=cut_words), generator
+            yield corpus.training_batch(rng, cfg.batch_size, cut_words), generator
 
     bar, batches = tqdm(total=cfg.max_steps, initial=step, desc=stage, mininterval=1, disable=rank > 0), list(draw(step))
+    first, began = step, 0.0
     cfg.resume or save()  # from here on there is this run to resume, and no older one
     with open(metrics if rank == 0 else os.devnull, "a" if cfg.resume else "w") as log, bar:
         while step < cfg.max_steps:
@@ -1031,7 +1047,7 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=Tru
                 report.update({k: v.detach() * share for k, v in losses.items()})
             batches = list(draw(step + 1))                                      # while a GPU is still at work on this step
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            if not math.isfinite(norm):
+            if not math.isfinite(norm):                                         # here, once a step, a GPU is waited for
                 terms = [k for k, v in report.items() if not v.isfinite()] or ["the gradient"]
                 raise UserError(f"step {step}: {', '.join(terms)} is not finite; --resume, or start again, at a lower --learning_rate")
             for optimizer in optimizers:
@@ -1044,6 +1060,11 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=Tru
                 for a, p in zip(average.state_dict().values(), model.state_dict().values()):
                     a.lerp_(p, 1 - min(0.999, (1 + step) / (10 + step)))
             bar.update()
+            if step == first + 5:                                               # the first steps are slow
+                began = time.perf_counter()
+            if step == first + 25:
+                seconds = (time.perf_counter() - began) / 20 * (cfg.max_steps - first)
+                bar.write(f"{stage}: about {minutes(seconds)} on this machine" + (f"; all three stages of README's first command about {minutes(whole * seconds)}" if whole else ""))
             if step % cfg.log_interval == 0:
                 report = dict(zip(report, sum_of_all(torch.stack(list(report.values()))).tolist()))
                 print(json.dumps(dict(step=step, **report, norm=norm.item(), lr=lr)), file=log, flush=True)

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from textldm import (GPT, Corpus, TrainConfig, TrunkConfig, at_scale, command_line, cross_entropy, pick_device, run, train,
+from sample import generate
+from textldm import (CONTEXT, GPT, Corpus, TrainConfig, TrunkConfig, at_scale, command_line, cross_entropy, pick_device, run, train,
                      weighted_mean)
 
 PRESETS = dict(tiny={}, small=at_scale(12, 12, 768), medium=at_scale(24, 16, 1024), large=at_scale(36, 20, 1280))  # GPT-2's
@@ -29,6 +30,7 @@ def main():
     config.vocab_size = corpus.meta["vocab_size"]
     torch.manual_seed(cfg.seed)
     rows = val.fixed_batches(4, pick_device(cfg.device)[0], cut_words=False)
+    prompts = [row[segment == CONTEXT].tolist()[-32:] for row, segment in zip(rows[0].tokens[:4], rows[0].segment)]
 
     def loss_of(net, batch, generator=None, step=None):
         logits = net(F.pad(batch.tokens[:, :-1], (1, 0), value=corpus.eot)).float()  # (B, N, V)
@@ -37,7 +39,10 @@ def main():
     @torch.no_grad()
     def evaluate(gpt):
         loss = sum(loss_of(gpt, b)["loss"].item() for b in rows) / len(rows)
-        tqdm.write(f"val: {loss:.4f} nats a token")
+        lines = [f"val: {loss:.4f} nats a token"]
+        for prompt, text in zip(prompts, generate(gpt, prompts, 32, corpus.eot)):
+            lines.append("  {!r} -> {!r}".format(*(corpus.encoding.decode([i for i in x if i != corpus.eot]) for x in (prompt, text))))
+        tqdm.write("\n".join(lines))
         return dict(loss=loss)
 
     train("gpt", cfg, GPT(config), corpus, loss_of, evaluate, weight_of=lambda b: b.counted.float().sum(), cut_words=False)
