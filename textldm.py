@@ -99,7 +99,7 @@ class Config:
 class TrunkConfig(Config):
     n_layer: int = option(4, "Transformer blocks", 1, 999)
     n_head: int = option(4, "attention heads", 1)
-    n_embd: int = option(192, "width of the residual stream", 1)
+    n_embd: int = option(128, "width of the residual stream", 1)
     block_size: int = option(64, "longest row in tokens; where rows are documents, no longer than 99% of them are", 2, 2**16)
     recompute: bool = option(False, "save memory: the backward pass computes each block again")
     vocab_size: int = 0  # the corpus's
@@ -745,23 +745,12 @@ class Corpus:
         if len(self.tokens) < self.N or not len(self.ends):
             raise UserError(f"{path} has {len(self.tokens)} tokens, less than one row of {self.N}; prepare more text")
 
-    def training_batch(self, rng, B, cut_words=True):
-        """B rows of random length, as sampling has rows of any. deviation: the paper truncates rows at random; here the rows of a batch share one length.
-        Documents are chosen alike in length, so that little of a row is tail; but a batch in eight has rows of full length, in which tails are long."""
-        if self.is_stream:
-            return self.batch(rng, B, max(self.N * int(rng.integers(4, 9)) // 8, 2), cut_words=cut_words)
-        some = rng.integers(len(self.ends), size=8 * B)
-        lengths = np.minimum(self.ends[some] - np.where(some > 0, self.ends[some - 1], 0), self.N)
-        of_like_length = np.argsort(lengths, kind="stable").reshape(8, B)[rng.integers(8)]
-        N = self.N if rng.random() < 0.125 else max(lengths[of_like_length].max(), 2)
-        return self.batch(rng, B, int(N), cut_words=cut_words, documents=some[of_like_length])
-
-    def batch(self, rng, B, N, device="cpu", cut_words=True, documents=None):
+    def batch(self, rng, B, N, device="cpu", cut_words=True):
         """B rows of N tokens, each (if not whole) cut in context and target at a place drawn anew: at the start, between tokens or, in about
         one row of six, inside one, so that any prompt is in distribution. unspecified: all of this. The paper cuts, and does not say where."""
         tokens, cuts, lengths = np.full((B, N), self.eot), np.zeros(B, int), np.zeros(B, int)
         for i in range(B):
-            d = rng.integers(len(self.ends)) if documents is None else documents[i]
+            d = rng.integers(len(self.ends))
             first, end = self.ends[d - 1] if d else 0, self.ends[d]
             start = first + rng.integers(max(end - first - N, 0) + 1)           # a random stretch of what is longer
             row = self.tokens[start : min(end, start + N + 4)].tolist()         # a few more, as cut_word may merge some
@@ -942,6 +931,8 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
+                if p.grad is None:                                              # LDLM's teacher
+                    continue
                 momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 0.05)
                 update = orthogonal(p.grad.lerp(momentum, 0.95), self.dtype)
@@ -1024,7 +1015,9 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=Tru
         for micro in range(rank * cfg.accumulate, (rank + 1) * cfg.accumulate):
             rng = np.random.default_rng((cfg.seed, step, micro))
             generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
-            yield corpus.training_batch(rng, cfg.batch_size, cut_words), generator
+            # deviation: the paper truncates rows at random; here the rows of a micro-batch share one length
+            N = max(corpus.N * int(rng.integers(4, 9)) // 8, 2)
+            yield corpus.batch(rng, cfg.batch_size, N, cut_words=cut_words), generator
 
     bar, batches = tqdm(total=cfg.max_steps, initial=step, desc=stage, mininterval=1, disable=rank > 0), list(draw(step))
     first, began = step, 0.0

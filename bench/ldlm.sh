@@ -16,12 +16,12 @@ esac
 . bench/stages.sh $corpus "" out/ldlm_$corpus
 
 two_stages() {  # two_stages FOLDER SEED VAE_STEPS DIT_STEPS
-    once $1 train_vae.py $rows --seed=$2 --max_steps=$3 --teacher=$out/s$2/gpt.pt
+    once $1 train_vae.py $rows --seed=$2 --max_steps=$3 --learning_rate=1e-3 --teacher=$out/s$2/gpt.pt
     once $1 train_dit.py $rows --seed=$2 --max_steps=$4
 }
 seed() {
     local joint="train_dit.py --joint $rows --seed=$1 --max_steps=$steps --eval_interval=$((steps / 2)) --encoder_warmup=$((steps / 2)) --teacher=$out/s$1/gpt.pt"
-    once $out/s$1 bench/train_gpt.py $rows --seed=$1
+    once $out/s$1 bench/train_gpt.py $rows --seed=$1 --max_steps=500
     once $out/ldlm$1 $joint
     two_stages $out/long$1 $1 $long
     two_stages $out/even$1 $1 $even

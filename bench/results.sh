@@ -18,8 +18,8 @@ case $corpus in
 esac
 
 seed() {
-    local vae="$rows --seed=$1 --max_steps=$vae_steps" net="$rows $trunk --seed=$1"
-    once $out/s$1 bench/train_gpt.py $net
+    local vae="$rows --seed=$1 --max_steps=$vae_steps --learning_rate=1e-3" net="$rows $trunk --seed=$1"
+    once $out/s$1 bench/train_gpt.py $net --max_steps=500
     once $out/s$1 train_vae.py $vae
     once $out/s$1 train_dit.py $net --max_steps=$dit_steps
     once $out/norepa$1 train_vae.py $vae --teacher=none
