@@ -343,7 +343,7 @@ def test_muon_steps_along_an_orthogonal_matrix(shape):
     gradients = torch.randn(3, *shape)
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
         u, _, vt = torch.linalg.svd(gradients[0], full_matrices=False)
-        around = u.T @ textldm.orthogonal(gradients[0], dtype).float() @ vt.T
+        around = u.T @ textldm.orthogonal(gradients[:1], dtype)[0].float() @ vt.T
         assert (around - around.diag().diag()).abs().max() < tolerance and 0.6 < around.diag().min() and around.diag().max() < 1.3
         p = torch.nn.Parameter(torch.zeros(shape))
         optimizer = textldm.Muon([p], 0.0, dtype)
@@ -352,7 +352,7 @@ def test_muon_steps_along_an_orthogonal_matrix(shape):
         for p.grad in gradients:
             before, momentum = p.detach().clone(), 0.95 * momentum + 0.05 * p.grad
             optimizer.step()
-            step = 0.2 * max(shape) ** 0.5 * textldm.orthogonal(0.05 * p.grad + 0.95 * momentum, dtype).float()
+            step = 0.2 * max(shape) ** 0.5 * textldm.orthogonal((0.05 * p.grad + 0.95 * momentum)[None], dtype)[0].float()
             assert torch.allclose(p - before, -step, atol=0.1 * tolerance)
         assert 0.1 < (p - before).square().mean().sqrt() < 0.3
 
@@ -1198,7 +1198,7 @@ def test_more_steps_go_on_at_the_last_rate(home, tmp_path):
     train(home, "bench/train_gpt.py", "--warmup=0")
     train(home, "bench/train_gpt.py", "--warmup=0", "--resume", steps=6)
     rates = [line["lr"] for line in map(json.loads, (home / "out/gpt.jsonl").read_text().splitlines()) if "lr" in line]
-    assert rates[0] > rates[3] > rates[4] == rates[5]
+    assert rates[0] > rates[3] > rates[4] == rates[5] == pytest.approx(0.1 * rates[0])
 
 
 def test_what_is_not_finite_is_named_and_not_saved(home, tmp_path, capsys):

@@ -98,8 +98,8 @@ class Config:
 @dataclass
 class TrunkConfig(Config):
     n_layer: int = option(4, "Transformer blocks", 1, 999)
-    n_head: int = option(4, "attention heads", 1)
-    n_embd: int = option(128, "width of the residual stream", 1)
+    n_head: int = option(3, "attention heads", 1)
+    n_embd: int = option(96, "width of the residual stream", 1)
     block_size: int = option(64, "longest row in tokens; where rows are documents, no longer than 99% of them are", 2, 2**16)
     recompute: bool = option(False, "save memory: the backward pass computes each block again")
     vocab_size: int = 0  # the corpus's
@@ -129,7 +129,8 @@ class Attention(nn.Module):
         B, N, E = x.shape
         qkv = self.c_attn(x).view(B, N, 3, self.n_head, E // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, N, D)
         q, k, v = qkv                                                           # (B, H, N, D) each
-        q, k = (q, k) if position is None else (rotate(q, position), rotate(k, position))
+        if position is not None:
+            q, k = rotate(qkv[:2], position)
         if memory:
             k, v = torch.cat((memory[0], k), dim=2), torch.cat((memory[1], v), dim=2)  # (B, H, N_past + N, D) each
         if keep:
@@ -930,25 +931,31 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            alike = collections.defaultdict(list)                               # matrices of one shape are multiplied at once
             for p in group["params"]:
-                if p.grad is None:                                              # LDLM's teacher
-                    continue
-                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 0.05)
-                update = orthogonal(p.grad.lerp(momentum, 0.95), self.dtype)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-0.2 * math.sqrt(max(p.shape)) * group["lr"])
+                if p.grad is not None:                                          # LDLM's teacher has none
+                    alike[p.shape].append(p)
+            for shape, matrices in alike.items():
+                updates = []
+                for p in matrices:
+                    momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                    momentum.lerp_(p.grad, 0.05)
+                    updates.append(p.grad.lerp(momentum, 0.95))
+                for p, update in zip(matrices, orthogonal(torch.stack(updates), self.dtype)):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-0.2 * math.sqrt(max(shape)) * group["lr"])
 
 
 def orthogonal(x, dtype):
-    """The nearest orthogonal matrix, roughly: five steps of Newton and Schulz bring all singular values to between 0.7 and 1.2, with the
-    coefficients of [Muon], which lift small ones fast."""
-    y = (x.T if x.shape[0] > x.shape[1] else x).to(dtype)
-    y = y / y.norm().clamp(min=1e-7)
+    """For each matrix of x (K, n, m) the nearest orthogonal one, roughly: five steps of Newton and Schulz bring all singular values to between 0.7
+    and 1.2, with the coefficients of [Muon], which lift small ones fast."""
+    is_tall = x.shape[1] > x.shape[2]
+    y = (x.mT if is_tall else x).to(dtype)
+    y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        gram = y @ y.T
-        y = torch.addmm(y, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), y, beta=3.4445)
-    return y.T if x.shape[0] > x.shape[1] else y
+        gram = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), y, beta=3.4445)
+    return y.mT if is_tall else y
 
 
 def minutes(seconds):

@@ -1,6 +1,6 @@
 """Judges continuations: TextLDM beside the autoregressive GPT, between real text and floors.
 
-    python bench/train_gpt.py --seed=1234 --n_layer=6 --n_embd=256 --max_steps=1000 --out=out/evaluator   # once
+    python bench/train_gpt.py --seed=1234 --n_layer=6 --n_head=4 --n_embd=256 --max_steps=1000 --out=out/evaluator   # once
     python bench/evaluate.py                                        # names, with the models in out/
     python bench/evaluate.py --systems="real,gpt,with=textldm:out,without=textldm:out/norepa"
     python bench/evaluate.py --evaluator=gpt2-large --benchmark=stories.jsonl --texts=theirs.jsonl
@@ -465,7 +465,7 @@ def main():
         options.evaluator = f"{options.out}/evaluator/gpt.pt"
         if not Path(options.evaluator).is_file():
             raise UserError(f"{options.evaluator} is missing; make it with bench/train_gpt.py --data={options.data} --seed=1234 --n_layer=6 "
-                            f"--n_embd=256 --max_steps=1000 --out={options.out}/evaluator, or name another --evaluator")
+                            f"--n_head=4 --n_embd=256 --max_steps=1000 --out={options.out}/evaluator, or name another --evaluator")
     corpus, systems, ours = Corpus(options.data, "val", 1024), {}, []
     for spec in [s.strip() for s in options.systems.split(",")] + [f"texts:{options.texts}"] * bool(options.texts):
         label, _, rest = spec.rpartition("=")

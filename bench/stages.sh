@@ -1,9 +1,9 @@
 # Sourced by results.sh and ldlm.sh: each corpus's rows and its judge, and how a stage and two seeds of stages are run. $1 is the corpus, $2 the path of the
 # books, $3 the folder of what is trained. The judge has a vocabulary of its own, always the same, so that nats a token compare whatever vocabulary the models have.
-corpus=$1 text=$1 trunk="" judge="--n_layer=6 --n_embd=256 --max_steps=1000"
+corpus=$1 text=$1 trunk="" judge="--n_layer=6 --n_head=4 --n_embd=256 --max_steps=1000"
 case $corpus in
-    names) vocabulary="--vocab_size=4096" ruler="--vocab_size=2048" rows="--n_embd=192" ;;
-    docs) vocabulary="--vocab_size=2048" ruler="--vocab_size=512" rows="--batch_size=96 --block_size=32 --n_embd=192" judge+=" --batch_size=64 --block_size=64" ;;
+    names) vocabulary="--vocab_size=4096" ruler="--vocab_size=2048" rows="--n_head=4 --n_embd=192" ;;
+    docs) vocabulary="--vocab_size=2048" ruler="--vocab_size=512" rows="--batch_size=96 --block_size=32 --n_head=4 --n_embd=192" judge+=" --batch_size=64 --block_size=64" ;;
     books) text="${2:?the path of the books}" vocabulary="--encoding=bpe --vocab_size=4096" ruler=$vocabulary
            rows="--block_size=128 --batch_size=256 --n_head=8 --n_embd=512" trunk="--n_layer=8"
            judge="--n_layer=8 --n_embd=512 --max_steps=4000 --block_size=128 --batch_size=256 --n_head=8" ;;
