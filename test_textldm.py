@@ -1231,7 +1231,7 @@ def processes(world, *command, seconds=100):
 
 def test_two_processes_learn_what_one_does(home, tmp_path):
     """As torchrun would run them, against one with two micro-batches a step."""
-    if processes(2, "-c", "import torch.distributed as d, torch; d.init_process_group('gloo'); d.all_reduce(torch.ones(1)); d.destroy_process_group()") != [0, 0]:
+    if processes(2, "-c", "import torch.distributed as d, torch; d.init_process_group('gloo'); d.all_reduce(torch.ones(1)); d.destroy_process_group()", seconds=30) != [0, 0]:
         pytest.skip("two processes of torch's gloo do not reach each other on this machine")
     losses, sizes = {}, [f"--{k}={v}" for k, v in SMALL.items()]
     common = ["train_vae.py", "--data", home / "data", "--teacher", home / "out/gpt.pt", "--max_steps=6", "--batch_size=8", "--log_interval=1",
@@ -1297,8 +1297,8 @@ class Toy(torch.nn.Module):
 
 def train_toy(out, loss_of, steps=3, muon=False, **options):
     """Trains a Toy by `textldm.train`. loss_of(matrix, batch, step). Returns its weights, their average, the weights that toy.pt keeps, those that
-    were evaluated last, and the lines of metrics."""
-    judged, calls = [], itertools.count()
+    were evaluated last, what each micro-batch's generator drew, and the lines of metrics."""
+    judged, calls, luck = [], itertools.count(), []
     class Rows:
         tokenizer, meta, N, tokens = {}, {}, 4, [0]
 
@@ -1309,12 +1309,15 @@ def train_toy(out, loss_of, steps=3, muon=False, **options):
             weight = torch.from_numpy(rng.random((B, N))).float()
             return Batch(torch.from_numpy(rng.integers(9, size=(B, N))), torch.ones(B, N, dtype=torch.long), weight)
     cfg = textldm.TrainConfig(out=str(out), max_steps=steps, eval_interval=1, log_interval=1, batch_size=2, device="cpu", muon=muon, learning_rate=0.1, warmup=0, **options)
-    loss = lambda net, batch, generator, step: dict(loss=loss_of(net.h["mlp"].weight, batch, step) + 0 * net.h["mlp"].bias.sum())
+
+    def loss(net, batch, generator, step):
+        luck.append(torch.rand((), generator=generator).item())
+        return dict(loss=loss_of(net.h["mlp"].weight, batch, step) + 0 * net.h["mlp"].bias.sum())
     textldm.train("toy", cfg, Toy(), Rows(), loss, lambda model: judged.append(model.h["mlp"].weight.clone()) or dict(loss=-next(calls)), lambda batch: batch.weight.sum(), ema=True)
     lines = [json.loads(line) for line in (out / "toy.jsonl").read_text().splitlines()]
     last, best = (load_checkpoint(out / f"toy{end}.pt", "toy", "") for end in ("_last", ""))
     weights, average, kept = ({k.split(".")[-1]: v for k, v in state.items()} for state in (last["model"], last["average"], best["model"]))
-    return SimpleNamespace(weights=weights, average=average, kept=kept, judged=judged[-1], lines=[line for line in lines if "norm" in line])
+    return SimpleNamespace(weights=weights, average=average, kept=kept, judged=judged[-1], luck=luck, lines=[line for line in lines if "norm" in line])
 
 
 def test_the_average_follows_the_weights_at_its_rate(tmp_path):
@@ -1336,6 +1339,27 @@ def test_gradients_are_clipped_to_a_norm_of_1(tmp_path):
     loss_of = lambda norm: lambda matrix, batch, step: (norm if step == 0 else 0.1) * matrix.sum() / 6**0.5
     huge, one, small = (train_toy(tmp_path / str(norm), loss_of(norm)).weights["weight"] for norm in (1000.0, 1.0, 0.5))
     assert torch.allclose(huge, one, atol=1e-5) and not torch.allclose(small, one, atol=1e-3)
+
+
+def test_each_micro_batch_has_luck_of_its_own(tmp_path):
+    draws = [train_toy(tmp_path / str(seed), lambda matrix, *_: matrix.sum(), accumulate=2, seed=seed).luck for seed in (1, 2)]
+    assert len({*draws[0], *draws[1]}) == 12, "three steps of two, and two seeds"
+
+
+def test_muon_is_for_the_matrices_of_blocks_alone(home):
+    for stage, layers in (("gpt", SMALL["n_layer"]), ("dit", SMALL["n_layer"])):
+        state = load_checkpoint(home / f"out/{stage}_last.pt", stage, "")
+        count = [len(group["params"]) for name in ("Muon", "AdamW") for group in state[name]["param_groups"]]
+        sizes = {k: v.dim() for k, v in state["model"].items() if k != "latent_of"}
+        assert count == [4 * layers, sum(d == 2 for d in sizes.values()) - 4 * layers, sum(d == 1 for d in sizes.values())]
+
+
+def test_the_teachers_statistics_are_of_counted_tokens():
+    teacher = randomise(GPT(TrunkConfig(**SMALL, block_size=N + 1, vocab_size=V)))
+    batches = [make_batch(8, seed=i) for i in range(2)]
+    mean, std = train_vae.statistics_of(teacher, batches, EOT, contextlib.nullcontext())
+    features = torch.cat([teacher_features(teacher, b.tokens, EOT)[b.weight == 1] for b in batches])
+    assert torch.allclose(mean, features.mean(0), atol=1e-5) and torch.allclose(std, features.std(0), atol=1e-5)
 
 
 @pytest.mark.parametrize("muon", (False, True))
