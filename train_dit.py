@@ -24,7 +24,7 @@ from textldm import (CONTEXT, LDLM, TARGET, Config, Corpus, DiTConfig, JointConf
 from train_vae import load_teacher, statistics_of
 
 # unspecified: depth and width, chosen to match the paper's 114M, 328M and 768M parameters
-PRESETS = dict(tiny=dict(max_steps=1900, eval_interval=950)) | {k: at_scale(*size, max_steps=1_000_000) for k, size in dict(
+PRESETS = dict(tiny=dict(max_steps=2880, eval_interval=960)) | {k: at_scale(*size, max_steps=1_000_000) for k, size in dict(
     small=(16, 12, 768), medium=(26, 16, 1024), large=(27, 24, 1536)).items()}
 
 
