@@ -1268,6 +1268,15 @@ def taken(home, path, *more):
     return found[0]
 
 
+def test_the_gpt_learns_counted_tokens_from_those_before_them(home):
+    (_, _, gpt, corpus, loss_of, *_), _ = taken(home, "bench/train_gpt.py")
+    gpt, batch = randomise(gpt), corpus.batch(np.random.default_rng(0), 8, corpus.N, cut_words=False)
+    tails = batch._replace(tokens=torch.where(batch.counted, batch.tokens, 3))
+    seen = torch.cat((torch.full((8, 1), corpus.eot), batch.tokens[:, :-1]), dim=1)
+    nll = -gpt(seen).log_softmax(-1).gather(-1, batch.tokens[..., None])[..., 0]
+    assert not batch.counted.all() and loss_of(gpt, tails)["loss"].item() == pytest.approx(nll[batch.counted].mean().item(), rel=1e-5)
+
+
 def test_beta_grows_from_zero_over_its_warm_up(home):
     (_, _, vae, corpus, loss_of, *_), _ = taken(home, "train_vae.py", "--beta=0.5", "--beta_warmup=10", "--teacher=none")
     batch = corpus.batch(np.random.default_rng(0), 8, corpus.N)
@@ -1420,6 +1429,21 @@ def test_the_seed_of_sample_draws_the_noise(home, tmp_path, capsys):
         return capsys.readouterr().out
     for more in ((), (f"--gpt={out / 'gpt.pt'}",)):
         assert len({sample(f"--seed={i}", *more) for i in range(4)}) == 4 and sample(*more) == sample("--seed=0", *more)
+
+
+def test_sample_passes_its_options_on_and_says_what_ended(home, tmp_path, monkeypatch):
+    given = []
+
+    def write(vae, dit, prompts, length, eot, seed, callback, **how):
+        given.append((len(prompts), length, how))
+        return [[5, eot], [6]] * (len(prompts) // 2)
+    monkeypatch.setattr(textldm, "continue_texts", write)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    script("sample.py", "--out", home / "out", f"--prompts={tmp_path / 'in.jsonl'}", f"--output={tmp_path / 'out.jsonl'}", "--n=3", "--temperature=0.25",
+           "--cfg=1.5", "--steps=7", "--length=4", "--device=cpu")
+    assert given == [(6, 4, dict(steps=7, cfg_scale=1.5, temperature=0.25))]
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == [*"aaabbb"] and [line["ended"] for line in lines] == [True, False] * 3
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,7 @@ class Batch(collections.namedtuple("Batch", "tokens segment weight")):          
 
     @functools.cached_property
     def targets(self):
-        """(T,): the places of all targets in the flattened rows. `to` takes it along, as a GPU would have to be waited for to count them."""
+        """(T,): the places of all targets in the flattened rows. `to` takes it along: counted on the CPU, as nonzero() on a GPU waits for it."""
         return (self.segment.flatten() == TARGET).nonzero()[:, 0]
 
     def to(self, device):
@@ -124,8 +124,8 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(n_embd, n_embd)
 
     def forward(self, x, position=None, mask=None, causal=False, memory=None, keep=0):
-        """memory, for Cola DLM's history, is [] or [keys, values] (B, H, N_past, D) of earlier tokens, which x sees too. keep > 0: x's own
-        are appended to it, in place, and the last `keep` remain."""
+        """memory, for Cola DLM's history, is [] or [keys, values] (B, H, N_past, D) of earlier tokens, which x sees too. If keep > 0, x's keys
+        and values are appended to memory, and the last `keep` remain."""
         B, N, E = x.shape
         qkv = self.c_attn(x).view(B, N, 3, self.n_head, E // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, N, D)
         q, k, v = qkv                                                           # (B, H, N, D) each
@@ -456,7 +456,7 @@ def interpolant(t):
 
 
 def denoising_loss(dit, z_0, context, batch, t, eps, block, n_guess=0):
-    """The loss (T,) of each target of a batch, TextDiT.error, and what `estimate` takes: output, z_t (T, C) and its times (T,). For latents z_0
+    """Returns (loss, output, z_t, times), one entry for each of the T targets of a batch: TextDiT.error, and what `estimate` takes. For latents z_0
     and noise eps (B, N, C), the block (N,) of each token (0, but for Cola DLM), times t (B, M); context (B, N, C) is z_0,
     or zeros in rows where it is dropped. Self-conditioning [AB]: a sample is told what the step before estimated; in training the first n_guess
     rows are told what a first pass estimates, the rest zeros, as in the first step of sampling."""
@@ -465,11 +465,12 @@ def denoising_loss(dit, z_0, context, batch, t, eps, block, n_guess=0):
     alpha, sigma, *_ = interpolant(at[..., None])                               # (B, N, 1) each
     z_t = alpha * z_0 + sigma * eps                                             # (B, N, C)
     if not dit.config.latent_block:
-        x, places, first, cola = torch.where((segment == TARGET)[..., None], z_t, context), targets, None, {}  # (B, N, C), (T,)
+        x, cola = torch.where((segment == TARGET)[..., None], z_t, context), {}  # (B, N, C)
+        places, first = targets, None                                           # (T,), and in the first pass all places
     else:  # Cola DLM takes a row twice at once, [clean ; noisy], so that each block is a target with its clean history
         side, twice = torch.arange(2, device=z_t.device).repeat_interleave(N), block.repeat(2)  # (2 N,) each: CONTEXT is 0, TARGET 1
         x, segment, t = torch.cat((context, z_t), dim=1), side.expand(B, -1), F.pad(t, (1, 0))  # (B, 2 N, C), (B, 2 N), (B, 1 + M)
-        places = targets + (targets // N + 1) * N                               # (B N,): all noisy tokens
+        places = targets + (targets // N + 1) * N                               # (B N,): all noisy tokens, as each is a target
         first = places[: n_guess * N]
         cola = dict(when=torch.where(side == TARGET, 1 + twice, 0),             # (2 N,): clean tokens are at t = 0, noisy ones at their block's
                     mask=who_sees_whom(side, twice), position=torch.arange(N, device=x.device).repeat(2))
@@ -480,8 +481,7 @@ def denoising_loss(dit, z_0, context, batch, t, eps, block, n_guess=0):
             guess[:n_guess, -N:] = dit.estimate(output, z_t[:n_guess], at[:n_guess])
         torch.clear_autocast_cache()  # before torch 2.10 the second pass would reuse weights cast without a gradient (pytorch#112583)
     output = dit(x, segment, t, guess, places=places, **cola)                   # (T, V), or (T, C)
-    tokens, z_0, eps, z_t, at = (x.flatten(0, 1).index_select(0, targets) for x in (batch.tokens, z_0, eps, z_t, at[..., None]))  # (T, ...) each
-    at = at[:, 0]
+    tokens, z_0, eps, z_t, at = (x.flatten(0, 1).index_select(0, targets) for x in (batch.tokens, z_0, eps, z_t, at))  # (T, ...) each
     return dit.error(output, tokens, z_0, eps, at), output, z_t, at
 
 
@@ -650,8 +650,8 @@ class LatentDiT(TextDiT):
     def times(self, u):
         if not self.config.adaptive_times:
             return super().times(u)
-        even = torch.linspace(0, 1, len(self.loss_at), device=self.loss_at.device).double()  # (64,)
-        rise = (self.loss_at.cummax(0).values - self.loss_at[0]).double()       # (64,)
+        even = torch.linspace(0, 1, len(self.loss_at), device=self.loss_at.device)  # (64,)
+        rise = self.loss_at.cummax(0).values - self.loss_at[0]                  # (64,)
         cdf = 0.9 * rise / rise[-1].clamp(min=1e-9) + 0.1 * even
         cdf = cdf / cdf[-1]
         # the inverse of the cdf at u, a straight line between each two of its points
@@ -924,8 +924,8 @@ def model_from(cls, config_cls, state):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon, for matrices [Muon]: steps along the momentum made orthogonal, as long as AdamW's. The same as torch.optim.Muon, which multiplies in bf16
-    wherever it runs; where that is emulated its step takes 27 times as long as in fp32. Here it has the precision of all else."""
+    """Muon, for matrices [Muon]: steps along the orthogonalised momentum, scaled to the RMS of AdamW's steps. The same as torch.optim.Muon, which
+    multiplies in bf16 on any hardware; where that is emulated, its step takes 27 times as long as in fp32. Here `dtype` says."""
 
     def __init__(self, params, weight_decay, dtype):
         super().__init__(params, dict(lr=0.0, weight_decay=weight_decay))
@@ -941,7 +941,9 @@ class Muon(torch.optim.Optimizer):
             for shape, matrices in alike.items():
                 updates = []
                 for p in matrices:
-                    momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                    if p not in self.state:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                    momentum = self.state[p]["momentum_buffer"]
                     momentum.lerp_(p.grad, 0.05)
                     updates.append(p.grad.lerp(momentum, 0.95))
                 for p, update in zip(matrices, orthogonal(torch.stack(updates), self.dtype)):
@@ -973,7 +975,7 @@ class Objective(nn.ModuleDict):  # a loss as the forward of a module, for Distri
 def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=True, ema=False, keep_last=False, whole=0, **extra):
     """The loop of all stages. loss_of(net, batch, generator, step) and evaluate(model) return dicts with `loss`, the latter on
     val; weight_of(batch) is the sum of the weights that `loss` is a mean by, or about that; extra is what else a resumed run must share. After its first
-    steps it says how long it will take, and the whole, of which this is one part in `whole`. Writes STAGE.pt (best
+    steps it says how long it will take, and `whole` times that for all stages of the README's first command (0: does not). Writes STAGE.pt (best
     by val, or the latest with `keep_last`; of averaged weights with `ema`), STAGE_last.pt and STAGE.jsonl. All randomness comes from (seed, step, micro-batch): there
     is no state of it to save, and under torchrun K processes of A micro-batches each compute what one with K A does."""
     (device, autocast), out = pick_device(cfg.device), Path(cfg.out)
@@ -1015,7 +1017,7 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=Tru
         except (OSError, *BROKEN) as e:
             raise UserError(f"{last} and {metrics.name} do not fit this code ({type(e).__name__}); start without --resume") from None
     save = lambda: rank or write_whole(last, dict(step=step, best=best, horizon=horizon, **{k: part.state_dict() for k, part in parts.items()}, **identity))
-    precision = "bf16, as it has that" if pick_dtype(device) == torch.bfloat16 else "fp32, as it has no bf16 of its own"
+    precision = "bf16, as it can" if pick_dtype(device) == torch.bfloat16 else "fp32, as its bf16 is emulated, or was never tried"
     print(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters on {device}, which multiplies in {precision}; rows of {corpus.N} tokens", flush=True)
     stops = []  # a signal lets the step finish and be saved, then Ctrl-C stops at once
     for number in (signal.SIGINT, signal.SIGTERM):
