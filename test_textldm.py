@@ -90,11 +90,17 @@ def loss_on(dit, vae, batch, seed):
     return flow_loss(dit, vae.latents(batch.tokens, batch.segment), batch, torch.Generator().manual_seed(seed))[0]
 
 
-def script(path, *arguments):
-    """Runs a script's main in this process, as the command line would."""
+def load(path):
+    """A script as a module of its own, made anew."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def script(path, *arguments):
+    """Runs a script's main in this process, as the command line would."""
+    module = load(path)
     old, sys.argv = sys.argv, [path, *map(str, arguments)]
     try:
         textldm.run(module.main)
@@ -857,9 +863,7 @@ def test_every_format_gives_the_same_corpus(tmp_path):
 
 
 def test_pieces_of_any_size_give_the_same_lines(tmp_path):
-    spec = importlib.util.spec_from_file_location("prepare", ROOT / "data/prepare.py")
-    prepare = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(prepare)
+    prepare = load("data/prepare.py")
     jsonl(tmp_path / "a.jsonl", DOCUMENTS)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
     for prepare.PIECE in (7, 100, 1 << 20):
@@ -871,9 +875,7 @@ def test_every_document_is_followed_by_an_end_of_text(tmp_path, monkeypatch):
     """Of any length, however many blocks they are encoded in, and in their order."""
     rng = np.random.default_rng(0)
     texts = ["x" * 3000, "\n", " ", "a\n\n", "b " * 5000, *("word " * int(n) + "end" for n in rng.integers(0, 300, 400)), "y" * 70000, "z"]
-    spec = importlib.util.spec_from_file_location("prepare", ROOT / "data/prepare.py")
-    prepare = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(prepare)
+    prepare = load("data/prepare.py")
     prepare.PIECE = 1 << 12
     tokenizer = dict(encoding="bpe", vocab_size=280, eot=279, bpe=prepare.train_bpe(iter(texts), 280))
     prepare.write_bins(tmp_path, textldm.load_encoding(tokenizer), 279, "uint16", [("train", lambda: texts)], 0.5)
@@ -913,9 +915,7 @@ def test_text_files_and_val_files(tmp_path):
 
 
 def test_names_and_docs_are_those_of_lab():
-    spec = importlib.util.spec_from_file_location("prepare", ROOT / "data/prepare.py")
-    prepare = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(prepare)
+    prepare = load("data/prepare.py")
     import unicodedata
     names = list(prepare.names())
     assert len(set(names)) == len(names) > 25000 and "greek small letter alpha" in names
@@ -982,9 +982,7 @@ def test_masked_diffusion_counts_every_token_once_and_draws_what_the_model_says(
 
 
 def test_speed_measures_a_gpt_with_a_cache_that_writes_what_it_does_without(home, tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("speed", ROOT / "bench/speed.py")
-    speed = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(speed)
+    speed = load("bench/speed.py")
     gpt = randomise(GPT(TrunkConfig(**SMALL, block_size=N, vocab_size=V)), scale=0.5).eval()
     prompts, rows = torch.randint(0, V, (2, 5)), []
     for row in prompts.tolist():
@@ -1180,13 +1178,9 @@ def test_resume_equals_no_interruption(home, tmp_path, monkeypatch, how):
         assert (home / f"out/{stage}.jsonl").read_text() == lines
 
 
-def test_the_teacher_was_trained_at_every_position_that_it_reads_for_the_vae(home, tmp_path, monkeypatch):
-    taken = {}
-    take = lambda stage, cfg, model, corpus, loss_of, *rest, **more: taken.update({stage: (model, corpus, loss_of)})
-    for path, teacher in (("bench/train_gpt.py", ""), ("train_vae.py", f"--teacher={home / 'out/gpt.pt'}")):
-        monkeypatch.setattr(textldm, "train", take)
-        train(home, path, "--block_size=16", *[teacher] * bool(teacher))
-    (gpt, corpus, loss_of), (_, of_vae, _) = taken["gpt"], taken["vae"]
+def test_the_teacher_was_trained_at_every_position_that_it_reads_for_the_vae(home):
+    (_, _, gpt, corpus, loss_of, *_), _ = taken(home, "bench/train_gpt.py", "--block_size=16")
+    (_, _, _, of_vae, *_), _ = taken(home, "train_vae.py", "--block_size=16", f"--teacher={home / 'out/gpt.pt'}")
     loss_of(gpt, corpus.batch(np.random.default_rng(0), 200, corpus.N, cut_words=False))["loss"].backward()
     assert gpt.wpe.weight.grad.abs().sum(1).count_nonzero() == of_vae.N + 1 == gpt.config.block_size
 
@@ -1308,6 +1302,7 @@ def train_toy(out, loss_of, steps=3, muon=False, **options):
     """Trains a Toy by `textldm.train`. loss_of(matrix, batch, step). Returns its weights, their average, the weights that toy.pt keeps, those that
     were evaluated last, what each micro-batch's generator drew, and the lines of metrics."""
     judged, calls, luck = [], itertools.count(), []
+
     class Rows:
         tokenizer, meta, N, tokens = {}, {}, 4, [0]
 

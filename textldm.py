@@ -416,7 +416,7 @@ class TextDiT(nn.Module):
     def forward(self, x, segment, t, guess, mask=None, places=None, **cola):
         """x (B, N, C), clean (or dropped: zero) where segment is CONTEXT, noisy where TARGET; t (B, M), one time for a row, or one for each block (and,
         training, a first one for the clean half of rows); guess (B, N, C), an earlier estimate of the targets' z_0, or zero. Returns velocities (B, N, C),
-        or logits (B, N, V); with places (T,) in the flattened rows those of these tokens alone, (T, C) or (T, V): the output layer is a third of the work.
+        or logits (B, N, V); with places (T,) in the flattened rows those of these tokens alone, (T, C) or (T, V), as the output layer is costly.
         mask and cola (of blocks: when, position, memory, keep) go to the Transformer."""
         is_target = segment == TARGET                                           # (B, N)
         h = self.from_latent(x) + self.segment_emb(is_target.long())            # (B, N, E)
@@ -855,7 +855,7 @@ def pick_dtype(device):
     if device.type == "cuda":
         is_native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":  # its instructions, and that torch uses AVX-512 (ATEN_CPU_CAPABILITY=avx2 forbids it, to measure what others see)
-        is_native = torch.cpu._is_avx512_bf16_supported() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        is_native = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
     else:
         is_native = False
     return torch.bfloat16 if is_native else torch.float32
@@ -979,6 +979,7 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=Tru
     by val, or the latest with `keep_last`; of averaged weights with `ema`), STAGE_last.pt and STAGE.jsonl. All randomness comes from (seed, step, micro-batch): there
     is no state of it to save, and under torchrun K processes of A micro-batches each compute what one with K A does."""
     (device, autocast), out = pick_device(cfg.device), Path(cfg.out)
+    dtype = pick_dtype(device)
     rank, world = (int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun sets them
     objective = Objective(dict(net=torch.compile(model.to(device)) if cfg.compile else model.to(device)))
     if world > 1:
@@ -991,7 +992,7 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=Tru
     optimizers = [torch.optim.AdamW([dict(params=matrices), dict(params=vectors, weight_decay=0)], betas=(0.9, 0.98),
                                     weight_decay=cfg.weight_decay, fused=device.type != "mps")]
     if cfg.muon:
-        optimizers.append(Muon(hidden, cfg.weight_decay, pick_dtype(device)))
+        optimizers.append(Muon(hidden, cfg.weight_decay, dtype))
     parts = dict(model=model, average=average, **{type(o).__name__: o for o in optimizers})
     identity = dict(kind=stage, tokenizer=corpus.tokenizer, config=asdict(model.config), **extra, data=corpus.meta.get("sha256", len(corpus.tokens)),
                     accumulate=cfg.accumulate * world, **{k: getattr(cfg, k) for k in ("seed", "batch_size", "warmup", "weight_decay", "muon")})
@@ -1017,7 +1018,7 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=Tru
         except (OSError, *BROKEN) as e:
             raise UserError(f"{last} and {metrics.name} do not fit this code ({type(e).__name__}); start without --resume") from None
     save = lambda: rank or write_whole(last, dict(step=step, best=best, horizon=horizon, **{k: part.state_dict() for k, part in parts.items()}, **identity))
-    precision = "bf16, as it can" if pick_dtype(device) == torch.bfloat16 else "fp32, as its bf16 is emulated, or was never tried"
+    precision = "bf16, as it can" if dtype == torch.bfloat16 else "fp32, as its bf16 is emulated, or was never tried"
     print(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters on {device}, which multiplies in {precision}; rows of {corpus.N} tokens", flush=True)
     stops = []  # a signal lets the step finish and be saved, then Ctrl-C stops at once
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -1067,7 +1068,7 @@ def train(stage, cfg, model, corpus, loss_of, evaluate, weight_of, cut_words=Tru
             bar.update()
             if step == first + 5:                                               # the first steps are slow
                 began = time.perf_counter()
-            if step == first + 25:
+            if step == first + 25 and rank == 0:
                 seconds = (time.perf_counter() - began) / 20 * (cfg.max_steps - first)
                 bar.write(f"{stage}: about {minutes(seconds)} on this machine" + (f"; all three stages of README's first command about {minutes(whole * seconds)}" if whole else ""))
             if step % cfg.log_interval == 0:

@@ -113,11 +113,11 @@ def main():
     def evaluate(net):
         space, dit = (net, net.dit) if joint else (vae, net)
         tokens, segment, _ = rows
-        counted = (rows.counted & ((block > 0) | rows.counted[:, :1])).flatten()[rows.targets]  # (T,), as in flow_loss
+        of_targets = lambda x: x.flatten(0, 1)[rows.targets]                    # (B, N, ...) -> (T, ...)
+        counted = of_targets(rows.counted & ((block > 0) | rows.counted[:, :1]))  # (T,), as in flow_loss
         z_0 = space.latents(tokens, segment)                                    # (B, N, C)
         strange = space.latents(tokens[donor] if b else torch.where(segment == CONTEXT, tokens[donor], tokens), segment)
         mean = lambda x: weighted_mean(x.float(), counted).item()
-        of_targets = lambda x: x.flatten(0, 1)[rows.targets]                    # (B, N, ...) -> (T, ...)
 
         def accuracy(z):  # of targets' estimated latents z (T, C)
             whole = z_0.flatten(0, 1).index_copy(0, rows.targets, z).view_as(z_0)  # (B, N, C)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from textldm import (GPT, Config, Corpus, TextVAE, TrainConfig, UserError, VAEConfig, at_scale, command_line, option, pick_device, run,
                      teacher_features, train)
 
-# The paper has one VAE for all sizes of DiT. `tiny` learns slowly on purpose: a VAE that was trained harder reconstructed and
+# The paper has one VAE for all sizes of DiT. `tiny` has AdamW on purpose: a VAE that was trained with Muon reconstructed and
 # aligned no worse, and the DiT made worse text of its latents (bench/EXPERIMENTS.md).
 PRESETS = dict.fromkeys(("small", "medium", "large"), at_scale(9, 12, 768, channels=64, beta_warmup=10_000)) | dict(
     tiny=dict(muon=False, max_steps=500, learning_rate=3e-3))
