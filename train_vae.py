@@ -1,82 +1,109 @@
 """Stage 1: trains the VAE, aligned to a frozen GPT.
 
-    python train_vae.py                                        # the embedded names, after bench/train_gpt.py
+    python train_vae.py                           # the embedded names, after baselines/gpt.py
     python train_vae.py --data=data/owt2 --preset=small --teacher=gpt2 --out=out/owt2
 
-Watch `accuracy`: it should pass 99% of val tokens. `active` counts the channels in use, `cosine` (cos in vae.jsonl) is REPA's.
+Watch `accuracy`: it should pass 99% of the validation tokens. `active` counts the channels in use.
+`cos` is REPA's cosine between latents and the teacher's features.
 """
 
 import hashlib
 from dataclasses import dataclass
 
 import torch
+import torch.nn as nn
 from tqdm import tqdm
 
-from textldm import (GPT, Config, Corpus, TextVAE, TrainConfig, UserError, VAEConfig, at_scale, command_line, option, pick_device, run,
-                     teacher_features, train)
-
-# The paper has one VAE for all sizes of DiT. `tiny` has AdamW on purpose: a VAE that was trained with Muon reconstructed and
-# aligned no worse, and the DiT made worse text of its latents (bench/EXPERIMENTS.md).
-PRESETS = dict.fromkeys(("small", "medium", "large"), at_scale(9, 12, 768, channels=64, beta_warmup=10_000)) | dict(
-    tiny=dict(muon=False, max_steps=500, learning_rate=3e-3))
+from engine.checkpoint import build, load_teacher_state
+from engine.config import VAE_PRESETS, TrainConfig, command_line, run_script
+from engine.corpus import Corpus
+from engine.evaluation import evaluate_vae
+from engine.loop import Run, pick_device, pick_dtype, recompute_blocks, set_learning_rate
+from engine.muon import make_optimizers
+from engine.statistics import feature_statistics
+from textldm import (
+    GPT,
+    OURS,
+    Block,
+    TextVAE,
+    TransformerConfig,
+    VAEConfig,
+    option,
+    teacher_features,
+)
 
 
 @dataclass
-class Stage1(Config):
-    teacher: str = option("", "frozen GPT for REPA: a checkpoint (OUT/gpt.pt), gpt2, gpt2-medium ..., a Hugging Face folder, or none")
+class VAEStage:
+    teacher: str = option(
+        "", "frozen GPT for REPA: a checkpoint (OUT/gpt.pt), gpt2, a Hugging Face folder, or none"
+    )
 
 
-def load_teacher(source, corpus, device):
-    teacher, tokenizer = GPT.from_pretrained(source)
-    if tokenizer != corpus.tokenizer:
-        raise UserError(f"the teacher {source} and {corpus.path.parent} have different tokenizers; "
-                        "train one on this data with bench/train_gpt.py (train_vae.py takes --teacher=none, too)")
-    return teacher.to(device).requires_grad_(False)
-
-
-@torch.no_grad()
-def statistics_of(teacher, batches, eot, autocast):
-    """Mean and std (E_teacher,) of the teacher's features in batches."""
-    with autocast:
-        f = torch.cat([teacher_features(teacher, b.tokens, eot)[b.counted] for b in batches]).float()  # (tokens, E_teacher)
-    return f.mean(0), f.std(0).clamp(min=1e-6)
+def weight_of(batch):
+    return batch.weight.sum()
 
 
 def main():
-    config, cfg, stage = command_line(__doc__, VAEConfig, TrainConfig, Stage1, presets=PRESETS)
-    corpus, val = (Corpus(cfg.data, split, config.block_size, whole=config.causal) for split in ("train", "val"))
-    device, autocast = pick_device(cfg.device)
-    config.vocab_size = corpus.meta["vocab_size"]
-    teacher, source = None, stage.teacher or f"{cfg.out}/gpt.pt"
-    if source != "none":
-        teacher = load_teacher(source, corpus, device)
-        corpus.N = val.N = min(corpus.N, teacher.config.block_size - 1)  # room for its end-of-text token
+    config, cfg, stage = command_line(
+        __doc__, VAEConfig, TrainConfig, VAEStage, presets=VAE_PRESETS, recipe=OURS
+    )
+    corpus = Corpus(cfg.data, "train", config.block_size)
+    val = Corpus(cfg.data, "val", config.block_size)
+    device, autocast = pick_device(cfg.device, corpus.N)
+    identity = dict(corpus.identity, kind="vae", teacher="none")
+    teacher = None
+    if stage.teacher != "none":
+        state = load_teacher_state(stage.teacher or f"{cfg.out}/gpt.pt", corpus)
+        teacher = build(GPT, TransformerConfig, state).to(device).requires_grad_(False)
+        # The teacher has a position for each token of a row and for its end-of-text token.
+        corpus.N = val.N = min(corpus.N, teacher.config.block_size - 1)
+        weights = teacher.wte.weight.cpu().numpy().tobytes()
+        identity["teacher"] = hashlib.sha256(weights).hexdigest()
     config.block_size = corpus.N
-    sample = corpus.fixed_batches(16, device)  # of training data, for statistics
-    mean, std = statistics_of(teacher, sample, corpus.eot, autocast) if teacher else (torch.zeros(0), torch.ones(0))  # (E_teacher,) each
-    config.teacher_embd = len(mean)
+    config.vocab_size = corpus.meta["vocab_size"]
+    training_sample = corpus.fixed_batches(16, device)
+    if teacher is not None:
+        with autocast:
+            mean, std = feature_statistics(teacher, training_sample)
+        config.teacher_embd = len(mean)
     torch.manual_seed(cfg.seed)
     vae = TextVAE(config).to(device)
-    vae.teacher_mean, vae.teacher_std = mean, std
-    features = lambda batch: None if teacher is None else teacher_features(teacher, batch.tokens, corpus.eot)
-    rows = val.fixed_batches(4, device)
+    if teacher is not None:
+        vae.teacher_mean, vae.teacher_std = mean, std
+    if cfg.recompute:
+        recompute_blocks(vae, Block)
+    val_batches = val.fixed_batches(4, device)
 
-    def loss_of(net, batch, generator, step):
+    def features_of(batch):
+        if teacher is None:
+            return None
+        return teacher_features(teacher, batch.tokens)
+
+    optimizers = make_optimizers(vae, Block, cfg, pick_dtype(device))
+    run = Run("vae", cfg, vae, vae, optimizers, identity)
+    for step in run.steps():
+        learning_rate = run.learning_rate(step)
         beta = config.beta * min(step / max(config.beta_warmup, 1), 1)
-        return net(batch, features(batch), beta, generator)
-
-    @torch.no_grad()
-    def evaluate(vae):
-        active = vae.standardise(sample)
-        reports = [vae(b, features(b)) for b in rows]
-        mean = {k: sum(r[k].item() for r in reports) / len(reports) for k in reports[0]}
-        tqdm.write(f"val: accuracy {mean['accuracy']:.4f}, KL {mean['kl']:.1f} nats a token, {active} of {config.channels} "
-                   f"channels active, REPA cosine {mean['cos']:.3f}, loss {mean['loss']:.4f}")
-        return dict(mean, active=active)
-
-    identity = hashlib.sha256(teacher.wte.weight.cpu().numpy().tobytes()).hexdigest() if teacher else "none"
-    train("vae", cfg, vae, corpus, loss_of, evaluate, weight_of=lambda b: b.weight.sum(), teacher=identity)
+        for batch, share, generator in run.micro_batches(corpus, weight_of):
+            with run.autocast:
+                losses = run.net(batch, features_of(batch), beta, generator)
+            (losses["loss"] * share).backward()
+            run.add(losses, share)
+        run.sum_gradients()  # of all processes
+        norm = nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        run.require_finite(norm)
+        for optimizer in optimizers:
+            set_learning_rate(optimizer, learning_rate)
+            optimizer.step()
+            optimizer.zero_grad()
+        run.end_step(norm, learning_rate)
+        if run.is_time_to_evaluate():
+            with run.autocast:
+                numbers, text = evaluate_vae(vae, val_batches, features_of, training_sample)
+            tqdm.write(text)
+            run.keep_if_best(numbers)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -1,0 +1,159 @@
+"""Masked diffusion on the blocks of textldm.py: the baseline that diffuses tokens, not latents.
+
+    python baselines/masked.py                                  # the embedded names
+    python bench/evaluate.py --systems=real,gpt,textldm,masked
+
+After MDLM (Sahoo et al. 2024, arXiv 2406.07524). Noise replaces each token of the target by a mask
+with probability t, and the network learns what was there. It sees how many tokens are masked, so it
+is not told the time. Watch `loss`, an upper bound on the nats per token.
+"""
+
+import copy
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from engine.config import DIT_PRESETS, TrainConfig, command_line, run_script
+from engine.corpus import Corpus
+from engine.loop import (
+    Run,
+    pick_device,
+    pick_dtype,
+    recompute_blocks,
+    set_learning_rate,
+    update_average,
+)
+from engine.muon import make_optimizers
+from textldm import (
+    OURS,
+    PADDING,
+    TARGET,
+    Block,
+    Sampling,
+    Transformer,
+    TransformerConfig,
+    cross_entropy,
+    init_weights,
+    rows_of,
+    texts_of,
+    weighted_mean,
+)
+
+
+class MaskedLM(nn.Module):
+    """p(token) at every position, given the tokens that are not masked."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        self.wte = nn.Embedding(config.vocab_size + 1, config.n_embd)  # the last one is the mask
+        self.to_logits = nn.Linear(config.n_embd, config.vocab_size)
+        init_weights(self)
+
+    def forward(self, tokens, is_masked, mask=None):
+        """tokens, is_masked (B, N) -> logits (B, N, V). mask (B, 1, 1, N) hides padding."""
+        tokens = tokens.masked_fill(is_masked, self.config.vocab_size)
+        return self.to_logits(self.transformer(self.wte(tokens), mask)).float()
+
+
+def masked_loss(net, batch, generator):
+    """The bound of MDLM with the linear schedule: the cross-entropy of the masked tokens over t.
+    Its mean over t counts every token once."""
+    B, N = batch.tokens.shape
+    device = batch.tokens.device
+    # The times of a batch are evenly spread, because 1 / t is noisy enough.
+    t = torch.rand(1, generator=generator, device=device) + torch.arange(B, device=device) / B
+    t = (t % 1).clamp(min=1e-3)[:, None]  # (B, 1)
+    is_target = batch.segment == TARGET
+    is_masked = is_target & (torch.rand(B, N, generator=generator, device=device) < t)
+    loss = cross_entropy(net(batch.tokens, is_masked), batch.tokens)  # (B, N)
+    return weighted_mean(loss * is_masked / t, batch.weight * is_target)
+
+
+@torch.no_grad()
+def unmask(model, prompts, length=0, sampling=Sampling(cfg_scale=1.0)):
+    """Continues prompts as `continue_texts` does. All of the target is masked at t = 1. Each step
+    draws from p(token) those tokens that the reverse process reveals on its way from t to the next:
+    a share of (t - t_next) / t of the masked ones. There is no guidance."""
+    end_of_text = model.config.end_of_text
+    tokens, segment = rows_of(prompts, length, model.config.block_size, end_of_text)  # (B, N) each
+    device = model.wte.weight.device
+    generator = torch.Generator().manual_seed(sampling.seed)
+    tokens, segment = tokens.to(device), segment.to(device)
+    is_masked = segment == TARGET
+    mask = (segment != PADDING)[:, None, None]  # (B, 1, 1, N)
+    for i in range(sampling.steps, 0, -1):
+        logits = model(tokens, is_masked, mask)  # (B, N, V)
+        u = torch.rand(tokens.shape, generator=generator).to(device)
+        uniform = torch.rand(logits.shape, generator=generator)
+        gumbel = -(-uniform.log()).log().to(device)
+        scaled = logits / max(sampling.temperature, 1e-6)
+        drawn = (scaled + gumbel).argmax(-1)  # (B, N): a draw from the softmax
+        is_revealed = is_masked & (u < 1 / i)
+        tokens = torch.where(is_revealed, drawn, tokens)
+        is_masked = is_masked & ~is_revealed
+    return texts_of(tokens, segment, end_of_text)
+
+
+def weight_of(batch):
+    return (batch.weight * (batch.segment == TARGET)).sum()
+
+
+@torch.no_grad()
+def evaluate(model, batches):
+    loss = 0
+    for i, batch in enumerate(batches):
+        batch = batch._replace(weight=batch.counted.float())
+        generator = torch.Generator(batch.tokens.device).manual_seed(i)
+        loss += masked_loss(model, batch, generator).item() / len(batches)
+    return dict(loss=loss), f"val: at most {loss:.4f} nats per token of the target"
+
+
+def main():
+    config, cfg = command_line(
+        __doc__, TransformerConfig, TrainConfig, presets=DIT_PRESETS, recipe=OURS
+    )
+    corpus = Corpus(cfg.data, "train", config.block_size)
+    val = Corpus(cfg.data, "val", config.block_size)
+    config.vocab_size, config.block_size = corpus.meta["vocab_size"], corpus.N
+    device, autocast = pick_device(cfg.device, corpus.N)
+    val_batches = val.fixed_batches(4, device)
+    torch.manual_seed(cfg.seed)
+    model = MaskedLM(config).to(device)
+    average = copy.deepcopy(model).requires_grad_(False)
+    if cfg.recompute:
+        recompute_blocks(model, Block)
+
+    optimizers = make_optimizers(model, Block, cfg, pick_dtype(device))
+    run = Run("masked", cfg, model, average, optimizers, dict(corpus.identity, kind="masked"))
+    for step in run.steps():
+        learning_rate = run.learning_rate(step)
+        for batch, share, generator in run.micro_batches(corpus, weight_of):
+            with run.autocast:
+                loss = masked_loss(run.net, batch, generator)
+            (loss * share).backward()
+            run.add(dict(loss=loss), share)
+        run.sum_gradients()  # of all processes
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        run.require_finite(norm)
+        for optimizer in optimizers:
+            set_learning_rate(optimizer, learning_rate)
+            optimizer.step()
+            optimizer.zero_grad()
+        decay = min(0.999, (2 + step) / (11 + step))
+        update_average(average, model, decay)
+        run.end_step(norm, learning_rate)
+        if run.is_time_to_evaluate():
+            with run.autocast:
+                numbers, text = evaluate(average, val_batches)
+            tqdm.write(text)
+            run.keep_if_best(numbers)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,344 @@
+"""What bench/evaluate.py measures: numbers of texts, their intervals, and curves of such numbers.
+
+A metric whose package is missing is a string that says what to install.
+"""
+
+import math
+import os
+import re
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from engine.corpus import Corpus, load_encoding
+from textldm import cross_entropy
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # BERTScore never fetches weights: it is computed where they are
+
+
+# ---- What an independent GPT thinks of texts -----------------------------------------------------
+
+
+@torch.no_grad()
+def score(gpt, tokenizer, prompts, texts, autocast):
+    """How probable each (text, ended) is after its prompt, by a GPT.
+
+    Returns the NLL of each text, in nats (n,), its tokens (n lists of ids) and its features (n, E):
+    the final hidden state at its last token. MAUVE compares these; its authors take those of
+    gpt2-large."""
+    eot = tokenizer["eot"]
+    V, E = gpt.wte.weight.shape
+    new, rows = rows_to_score(tokenizer, prompts, texts, gpt.config.block_size)
+    nll = np.zeros(len(rows))
+    features = torch.zeros(len(rows), E)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    while order:
+        longest = len(rows[order[-1]])
+        B = max(1, 2**26 // (V * longest))  # so that the logits fit in memory
+        some, order = order[-B:], order[:-B]
+        x = torch.full((len(some), longest), eot)  # (B, N)
+        for k, i in enumerate(some):
+            x[k, : len(rows[i])] = torch.tensor(rows[i])
+        x = x.to(gpt.wte.weight.device)
+        with autocast:
+            h = gpt.ln_f(gpt.hidden_states(x, gpt.config.n_layer))  # (B, N, E)
+            logits = F.linear(h, gpt.wte.weight).float()  # (B, N, V)
+        loss = cross_entropy(logits[:, :-1], x[:, 1:]).cpu()  # (B, N - 1)
+        for k, i in enumerate(some):
+            end = len(rows[i])
+            start = end - len(new[i])
+            nll[i] = loss[k, start - 1 : end - 1].double().sum()
+            has_end_of_text = new[i][-1:] == [eot]
+            last = end - 2 if has_end_of_text else end - 1
+            features[i] = h[k, last].float().cpu()
+    return nll, new, features.numpy()
+
+
+def rows_to_score(tokenizer, prompts, texts, block_size):
+    """The tokens of each (text, ended), and rows of an end-of-text, the prompt and these tokens.
+
+    Prompt and text are tokenised apart. The end-of-text counts as a token of a text that ended."""
+    encoding = load_encoding(tokenizer)
+    eot = tokenizer["eot"]
+    new = []
+    rows = []
+    for prompt, (text, ended) in zip(prompts, texts):
+        ids = encoding.encode_ordinary(text)
+        if ended and len(ids) < block_size - 1:
+            ids = ids + [eot]
+        ids = ids[: block_size - 1]
+        before = [eot] + encoding.encode_ordinary(prompt)
+        new.append(ids)
+        rows.append(before[-(block_size - len(ids)) :] + ids)
+    return new, rows
+
+
+# ---- Likeness to references ----------------------------------------------------------------------
+
+
+def rouge(texts, references):
+    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L, (n, 3), times 100; without stemming."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        return "pip install rouge-score"
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False)
+    rows = []
+    for text, reference in zip(texts, references):
+        scores = scorer.score(reference, text)
+        rows.append([s.fmeasure for s in scores.values()])
+    return 100 * np.array(rows)
+
+
+def mauve(real, features, clusters, rng):
+    """MAUVE [Pillutla et al. 2021, arXiv 2102.01454], times 100, of features (n, E) against real
+    ones, and half of a 95% interval.
+
+    The interval is the spread over halves of both. Halves are drawn without replacement, because
+    repeated texts would look nearer to each other than they are."""
+    try:
+        import mauve as package
+    except ImportError:
+        return "pip install mauve-text"
+
+    def half_of(x):
+        return x[rng.permutation(len(x))[: len(x) // 2]]
+
+    whole = quiet_mauve(package, real, features, clusters)
+    halves = []
+    for _ in range(8):
+        halves.append(quiet_mauve(package, half_of(real), half_of(features), clusters))
+    return whole, 1.96 * float(np.std(halves, ddof=1))
+
+
+def quiet_mauve(package, p, q, clusters):
+    stderr = os.dup(2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)  # faiss, which is in C, warns of fewer than 39 points per cluster
+    try:
+        result = package.compute_mauve(
+            p_features=p, q_features=q, num_buckets=clusters, seed=1, verbose=False
+        )
+        return 100 * result.mauve
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)
+
+
+def bert_score(texts, references):
+    """F1 of BERTScore (n,), times 100, where its weights are on this machine."""
+    try:
+        import bert_score as package
+
+        _, _, f1 = package.score(texts, references, lang="en")
+        return 100 * f1.numpy()
+    except ImportError:
+        return "pip install bert-score"
+    except Exception:  # what transformers raises for missing files has no common class
+        return "roberta-large is not on this machine"
+
+
+# ---- Diversity -----------------------------------------------------------------------------------
+
+
+def entropy(tokens):
+    """Entropy, in nats, of the frequencies of tokens (an array). It is low where a system repeats
+    itself."""
+    _, counts = np.unique(tokens, return_counts=True)
+    p = counts / len(tokens)
+    return float(-(p * np.log(p)).sum())
+
+
+def different(items):
+    """Different items (an array), in percent of all."""
+    return 100 * len(np.unique(items)) / len(items)
+
+
+def at_equal_count(statistic, rows, count, rng, repeats=20):
+    """The mean of a statistic of `count` items of the rows (arrays), and half of a 95% interval.
+
+    Entropy and distinct-2 grow with the count, so all systems have the same count. Items come from
+    texts in random orders, because resampling with replacement would lower the statistic. Such
+    draws overlap: their spread is corrected for the share of all items that they take."""
+    share = count / max(sum(len(row) for row in rows), 1)
+    if share > 0.9:  # the system writes about half of what real text has, or less
+        return float("nan"), float("nan")
+    values = []
+    for _ in range(repeats):
+        order = rng.permutation(len(rows))
+        items = np.concatenate([rows[i] for i in order])
+        values.append(statistic(items[:count]))
+    half = 1.96 * float(np.std(values, ddof=1))
+    return float(np.mean(values)), half * (share / (1 - share)) ** 0.5
+
+
+def words_and_pairs(rows, eot):
+    """For each list of ids, an array without the end-of-text, and one of its pairs of neighbours. A
+    pair is one number."""
+    words = []
+    pairs = []
+    for row in rows:
+        ids = np.array([i for i in row if i != eot], dtype=np.int64)
+        words.append(ids)
+        pairs.append(ids[:-1] * 2**32 + ids[1:])
+    return words, pairs
+
+
+# ---- Copies and words ----------------------------------------------------------------------------
+
+
+class TrainingText:
+    """What a system may have copied. tokens: all of it. words and documents: two sets of strings,
+    of its first 16 million tokens."""
+
+    def __init__(self, corpus):
+        self.encoding = corpus.encoding
+        self.tokens = Corpus(corpus.path.parent, "train", 2).tokens
+        text = self.encoding.decode(self.tokens[: 2**24].tolist())
+        documents = text.split("<|endoftext|>")
+        self.words = set(re.findall(r"\w+", " ".join(documents)))
+        self.documents = set(documents)
+
+
+def copied(texts, prompts, training):
+    """How many of the texts' 4-grams of tokens are in their own prompt, and in the training text,
+    in percent."""
+    encode = training.encoding.encode_ordinary
+    grams, owner = four_grams([encode(text) for text in texts])
+    if not len(grams):
+        return float("nan"), float("nan")
+    in_prompt = []
+    for i, prompt in enumerate(prompts):
+        grams_of_prompt, _ = four_grams([encode(prompt)])
+        in_prompt.append(np.isin(grams[owner == i], grams_of_prompt))
+    in_training = np.zeros(len(grams), bool)
+    tokens = training.tokens
+    for start in range(0, len(tokens) - 3, 2**24):  # in pieces, for the memory
+        piece = tokens[start : start + 2**24 + 3].astype(np.uint64)
+        in_training |= np.isin(grams, hash_4(piece))
+    return 100 * np.concatenate(in_prompt).mean(), 100 * in_training.mean()
+
+
+def four_grams(rows):
+    """Hashes (M,) of the 4-grams in lists of ids, and for each the index (M,) of its list."""
+    hashes = [np.zeros(0, np.uint64)]
+    owners = [np.zeros(0, int)]
+    for i, row in enumerate(rows):
+        if len(row) > 3:
+            hashes.append(hash_4(np.array(row, dtype=np.uint64)))
+            owners.append(np.full(len(row) - 3, i))
+    return np.concatenate(hashes), np.concatenate(owners)
+
+
+def hash_4(ids):
+    """Hashes of all 4-grams of an array of ids. They are of 61 bits or more, so collisions do not
+    count."""
+    h = np.zeros(len(ids) - 3, np.uint64)
+    for k in range(4):
+        h = (h ^ ids[k : len(ids) - 3 + k]) * np.uint64(0x9E3779B97F4A7C15)
+        h ^= h >> np.uint64(29)
+    return h
+
+
+def known(texts, prompts, training):
+    """How many words of the texts are words of the training text, and how many texts are, with
+    their prompts, documents of it, in percent. A word that begins in the prompt counts."""
+    is_known = []
+    is_copy = []
+    for prompt, text in zip(prompts, texts):
+        whole = prompt + text
+        for match in re.finditer(r"\w+", whole):
+            if match.end() > len(prompt):
+                is_known.append(match[0] in training.words)
+        is_copy.append(whole in training.documents)
+    share = float(np.mean(is_known)) if is_known else float("nan")
+    return 100 * share, 100 * float(np.mean(is_copy))
+
+
+# ---- Intervals -----------------------------------------------------------------------------------
+
+
+def interval(values, rng, weights=None, repeats=1000):
+    """The mean of values (n,), or their sum over that of weights (n,), and half the width of its
+    bootstrap 95% interval."""
+    if weights is None:
+        weights = np.ones(len(values))
+    draw = rng.integers(len(values), size=(repeats, len(values)))
+    means = values[draw].sum(1) / np.maximum(weights[draw].sum(1), 1)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(values.sum() / max(weights.sum(), 1)), float(high - low) / 2
+
+
+def difference(a, b, rng, repeats=1000):
+    """How much more NLL per token and ROUGE-1 texts a have than texts b on the same prompts. For
+    each, the mean and half the width of the paired bootstrap's 95% interval."""
+    n = len(a["nll"])
+    draw = rng.integers(n, size=(repeats, n))
+    every = np.arange(n)
+
+    def nll_per_token(texts, i):
+        tokens = np.array(texts["tokens"])[i].sum(-1).clip(min=1)
+        return np.array(texts["nll"])[i].sum(-1) / tokens
+
+    def mean_rouge_1(texts, i):
+        return np.array(texts["rouge_1"])[i].mean(-1)
+
+    statistics = dict(nll=nll_per_token)
+    if not isinstance(a["rouge_1"], str):
+        statistics["rouge_1"] = mean_rouge_1
+    found = {}
+    for name, statistic in statistics.items():
+        low, high = np.percentile(statistic(a, draw) - statistic(b, draw), (2.5, 97.5))
+        mean = float(statistic(a, every) - statistic(b, every))
+        found[name] = mean, float(high - low) / 2
+    return found
+
+
+# ---- Curves of NLL against entropy ---------------------------------------------------------------
+#
+# A point is a dict of nll (per token), entropy and, in a sweep, knob: the dict of its settings.
+
+
+def choose(points, real):
+    """The index of the point that is nearest to the point of real text, in NLL and entropy
+    together."""
+
+    def distance(i):
+        nll = abs(points[i]["nll"] - real["nll"])
+        away = nll + abs(points[i]["entropy"] - real["entropy"])
+        return away if math.isfinite(away) else 1e9
+
+    return min(range(len(points)), key=distance)
+
+
+def running(knob):
+    """The name of the setting along which a curve runs."""
+    return "temperature" if "temperature" in knob else "cfg"
+
+
+def curves_of(points):
+    """The curves of a sweep, each a list in order of entropy. Points of one curve differ in one
+    setting."""
+    curves = {}
+    for point in points:
+        if not math.isfinite(point["entropy"]):
+            continue
+        knob = point["knob"]
+        fixed = [f"{name} {value:g}" for name, value in knob.items() if name != running(knob)]
+        curves.setdefault(" ".join(fixed), []).append(point)
+    for curve in curves.values():
+        curve.sort(key=lambda point: point["entropy"])
+    return curves
+
+
+def at_entropy(points, wanted):
+    """NLL per token where the best curve through points has the wanted entropy. None where none has
+    it."""
+    values = []
+    for curve in curves_of(points).values():
+        entropies = [point["entropy"] for point in curve]
+        if entropies[0] <= wanted <= entropies[-1]:
+            values.append(np.interp(wanted, entropies, [point["nll"] for point in curve]))
+    return float(min(values)) if values else None

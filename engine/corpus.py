@@ -1,0 +1,202 @@
+"""Corpora: a memmap of tokens that data/prepare.py wrote, and batches of training rows of it."""
+
+import base64
+import json
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+
+from engine.config import UserError
+from textldm import CONTEXT, TAIL_WEIGHT, TARGET, Batch, make_batch
+
+# How GPT-2 cuts text into words before it merges bytes (its published pattern). Our own BPEs do the
+# same.
+GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+# What reading a damaged or foreign file may raise.
+BROKEN = (
+    KeyError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    IndexError,
+    RuntimeError,
+)
+# nanoGPT's folders have no meta.json.
+NANOGPT = dict(encoding="gpt2", vocab_size=50257, eot=50256, dtype="uint16", layout="stream")
+
+
+def load_encoding(tokenizer, source="the checkpoint and its tokenizer"):
+    """The tiktoken.Encoding of a `tokenizer` dict, as meta.json and every checkpoint hold it:
+    GPT-2's, or a small BPE of ours. A UserError names `source` if the dict is damaged."""
+    try:
+        if tokenizer["encoding"] == "bpe":
+            ranks = {}
+            for rank, line in enumerate(tokenizer["bpe"].splitlines()):
+                ranks[base64.b64decode(line.split()[0])] = rank
+            encoding = tiktoken.Encoding(
+                "bpe",
+                pat_str=GPT2_SPLIT,
+                mergeable_ranks=ranks,
+                special_tokens={"<|endoftext|>": tokenizer["eot"]},
+            )
+        else:
+            encoding = tiktoken.get_encoding(tokenizer["encoding"])
+        known = encoding.token_byte_values()
+        has_all_bytes = {bytes([b]) for b in range(256)} <= set(known)
+        is_last = len(known) == tokenizer["eot"] == tokenizer["vocab_size"] - 1
+        if not (has_all_bytes and is_last):
+            raise ValueError("other tokens than it claims")
+        return encoding
+    except OSError as e:
+        name = type(e).__name__
+        raise UserError(
+            f"cannot download GPT-2's BPE ({name}); set TIKTOKEN_CACHE_DIR to its folder"
+        ) from None
+    except BROKEN as e:
+        reason = f"{type(e).__name__}: {e}"
+        raise UserError(f"{source} do not fit ({reason}); prepare or train again") from None
+
+
+class Corpus:
+    """One split of a prepared corpus.
+
+    In the layout "documents" a row of up to N tokens is of one document. In the layout "stream" it
+    is a window of all documents in a row, and attention and loss cross end-of-texts.
+
+    path, meta, tokenizer, encoding: of the corpus. eot: the end-of-text token. tokens: the memmap.
+    ends: where documents end. N: the length of the longest rows, at most block_size."""
+
+    def __init__(self, folder, split, block_size, cut_words=True):
+        self.cut_words = cut_words
+        self.path = Path(folder) / f"{split}.bin"
+        path = self.path
+        if not path.exists() or not path.stat().st_size:
+            raise UserError(
+                f"{path} is missing or empty; python data/prepare.py makes it (see its --help)"
+            )
+        try:
+            self.read(split, block_size)
+        except (OSError, *BROKEN) as e:
+            reason = f"{type(e).__name__}: {e}"
+            raise UserError(
+                f"{path} and meta.json do not fit ({reason}); prepare them again"
+            ) from None
+        if len(self.tokens) < self.N or not len(self.ends):
+            raise UserError(
+                f"{path} has {len(self.tokens)} tokens, less than one row of {self.N}; "
+                "prepare more text"
+            )
+        self.fixed_batches(1, "cpu")  # bad tokens show here, before any file is written
+
+    def read(self, split, block_size):
+        self.meta = dict(NANOGPT)
+        if self.path.with_name("meta.json").exists():
+            self.meta = json.loads(self.path.with_name("meta.json").read_text())
+        self.eot = self.meta["eot"]
+        self.tokenizer = {}
+        for key in ("encoding", "vocab_size", "eot", "bpe"):
+            if key in self.meta:
+                self.tokenizer[key] = self.meta[key]
+        self.encoding = load_encoding(self.tokenizer, f"{self.path} and meta.json")
+        dtype = dict(uint16=np.uint16, uint32=np.uint32)[self.meta["dtype"]]
+        self.tokens = np.memmap(self.path, dtype, "r")  # ValueError: not a whole number of tokens
+        if len(self.tokens) != self.meta.get("tokens", {}).get(split, len(self.tokens)):
+            raise ValueError("another number of tokens")
+        self.is_stream = self.meta["layout"] != "documents"
+        if self.is_stream:
+            self.ends = np.array([len(self.tokens)])  # as if it were one endless document
+            self.N = block_size
+        else:
+            self.ends = np.flatnonzero(self.tokens == self.eot) + 1
+            self.N = min(block_size, max(int(self.meta["longest"]), 2))
+
+    @property
+    def identity(self):
+        """What tells this corpus from others, for a checkpoint."""
+        return dict(tokenizer=self.tokenizer, data=self.meta.get("sha256", len(self.tokens)))
+
+    def batch(self, rng, B, N):
+        """A Batch of B rows of N tokens. Each row is cut in context and target at a place drawn
+        anew: at the start, between two tokens or, in about one row of six, inside a token. So any
+        prompt is like one of training. unspecified: the paper cuts rows, and does not say where."""
+        tokens = np.full((B, N), self.eot)
+        lengths = np.zeros(B, int)
+        cuts = np.zeros(B, int)
+        for i in range(B):
+            row, begins_text = self.stretch(rng, N)
+            row, cut = self.cut(rng, row, N, begins_text)
+            lengths[i] = min(len(row), N)
+            cuts[i] = min(cut, N - 1)
+            tokens[i, : lengths[i]] = row[:N]
+        place = np.arange(N)
+        segment = np.where(place < cuts[:, None], CONTEXT, TARGET)  # (B, N)
+        weight = np.where(place < lengths[:, None], 1, TAIL_WEIGHT).astype(np.float32)  # (B, N)
+        return make_batch(*map(torch.from_numpy, (tokens, segment, weight)))
+
+    def stretch(self, rng, N):
+        """N tokens or a few more (a cut inside a word may merge some), or a whole shorter document,
+        and whether a text begins with them."""
+        d = rng.integers(len(self.ends))
+        first = self.ends[d - 1] if d else 0
+        end = self.ends[d]
+        start = first + rng.integers(max(end - first - N, 0) + 1)
+        row = self.tokens[start : min(end, start + N + 4)].tolist()
+        if max(row) >= self.meta["vocab_size"]:
+            raise UserError(
+                f"{self.path}: token {max(row)} is beyond its vocabulary of "
+                f"{self.meta['vocab_size']}"
+            )
+        return row, bool(start == first or self.is_stream)
+
+    def cut(self, rng, row, N, begins_text):
+        """The row, and how many of its tokens are context."""
+        cut = 0
+        if rng.random() > 0.1:
+            cut = rng.integers(min(len(row), N))
+        if not begins_text:
+            cut = max(cut, 1)  # only the beginning of a text follows nothing
+        if self.cut_words and cut and rng.random() < 0.25:
+            return self.cut_word(rng, row, cut)
+        return row, cut
+
+    def cut_word(self, rng, row, cut):
+        """Moves a cut from before token `cut` to a character inside it. Both sides are tokenised as
+        if they were seen apart, which is how a prompt that ends inside a word is tokenised."""
+        a = max(cut - 3, 0)
+        b = min(cut + 4, len(row))
+        if self.eot in row[a:b]:
+            b = row.index(self.eot, a)
+        before = self.encoding.decode(row[a:cut])
+        word = self.encoding.decode(row[cut : cut + 1])
+        after = self.encoding.decode(row[cut + 1 : b])
+        is_whole = "\ufffd" not in before + word + after  # the sign for a part of a character
+        if b <= cut or len(word) < 2 or not is_whole:
+            return row, cut
+        k = rng.integers(1, len(word))
+        left = self.encoding.encode_ordinary(before + word[:k])
+        right = self.encoding.encode_ordinary(word[k:] + after)
+        return row[:a] + left + right + row[b:], a + len(left)
+
+    def fixed_batches(self, n, device):
+        """n batches of up to 16,384 tokens. They are always the same, so any two checkpoints
+        compare."""
+        B = max(1, min(256, 2**14 // self.N))
+        batches = []
+        for i in range(n):
+            batch = self.batch(np.random.default_rng((0, i)), B, self.N)
+            batches.append(to_device(batch, device))
+        return batches
+
+
+def to_device(batch, device):
+    """A batch on a device. A GPU copies from pinned memory while it computes."""
+    device = torch.device(device)
+    moved = []
+    for x in batch:
+        if device.type == "cuda" and not x.is_cuda:
+            x = x.pin_memory()
+        moved.append(x.to(device, non_blocking=device.type == "cuda"))
+    return Batch(*moved)

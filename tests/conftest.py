@@ -1,0 +1,31 @@
+import signal
+
+import pytest
+import torch
+
+from tests.helpers import DOCUMENTS, script, train, write_jsonl
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    """Each test draws the same numbers, whichever ran before it. Training takes over Ctrl-C and
+    SIGTERM; a test gives them back."""
+    torch.manual_seed(0)
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A small corpus in data/, and one checkpoint of each stage in out/, made by the scripts
+    themselves."""
+    home = tmp_path_factory.mktemp("home")
+    write_jsonl(home / "docs.jsonl", [f"{text} {i}" for i, text in enumerate(DOCUMENTS)])
+    options = ["--encoding=bpe", "--vocab_size=300", "--layout=documents", "--val_fraction=0.2"]
+    script("data/prepare.py", home / "docs.jsonl", "--out", home / "data", *options)
+    train(home, "baselines/gpt.py")
+    train(home, "train_vae.py")
+    train(home, "train_dit.py")
+    return home

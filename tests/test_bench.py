@@ -1,0 +1,294 @@
+"""Properties of bench/: what the judge makes of texts that are bad in a known way, and speeds."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers import load, refuse, run_module, script, write_jsonl
+from textldm import GPT, TransformerConfig
+
+NOUNS = ["cat", "dog", "bird", "fox", "owl"]
+VERBS = ["sees", "hears", "finds", "loves"]
+PLACES = ["wood", "house", "river", "sky"]
+
+
+def sentences():
+    """Different sentences that a GPT learns in seconds."""
+    rng = np.random.default_rng(0)
+    columns = []
+    for words in (NOUNS, VERBS, NOUNS, PLACES, NOUNS, VERBS, NOUNS, PLACES):
+        columns.append(rng.choice(words, 600))
+    texts = set()
+    for a, v, b, p, c, w, d, q in zip(*columns):
+        texts.add(f"the {a} {v} the {b} near the {p} and then the {c} {w} the {d} near the {q}")
+    return sorted(texts)
+
+
+def judge(folder, *more):
+    options = ["--n=60", "--clusters=8", "--device=cpu"]
+    where = ["--data", folder / "data", "--out", folder / "out"]
+    script("bench/evaluate.py", *where, *options, *more)
+
+
+def benchmark_of(folder, end=""):
+    (path,) = (folder / "data").glob(f"benchmark_60_1_*{end}.jsonl")
+    return path
+
+
+def lines_in(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with data/, with a GPT in out/ and its judge in out/evaluator/."""
+    folder = tmp_path_factory.mktemp("judged")
+    source = write_jsonl(folder / "texts.jsonl", sentences())
+    options = ["--encoding=bpe", "--vocab_size=300", "--layout=documents", "--val_fraction=0.2"]
+    script("data/prepare.py", source, "--out", folder / "data", *options)
+    options = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--max_steps=150", "--batch_size=32"]
+    options += ["--learning_rate=1e-2", "--warmup=10", "--device=cpu"]
+    for seed, out in ((1, "out"), (2, "out/evaluator")):
+        where = ["--data", folder / "data", "--out", folder / out]
+        script("baselines/gpt.py", *where, f"--seed={seed}", *options)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def judged(trained):
+    """The folder, and a file of texts that have collapsed: "the the the"."""
+    folder = trained
+    judge(folder, "--systems=real")  # makes the benchmark
+    collapsed = []
+    for line in lines_in(benchmark_of(folder)):
+        text = " the" * len(line["reference"].split())
+        collapsed.append(json.dumps(dict(prompt=line["prompt"], text=text)) + "\n")
+    theirs = folder / "theirs.jsonl"
+    theirs.write_text("".join(collapsed))
+    judge(folder, "--systems=real,other,unigram,tokens,prompt,gpt", f"--texts={theirs}")
+    report = json.loads((folder / "out/eval.json").read_text())
+    return folder, theirs, report, (folder / "out/eval.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def systems(judged):
+    """The rows of the report by name, with those of the file as "collapsed"."""
+    _, theirs, report, _ = judged
+    rows = dict(report["systems"])
+    rows["collapsed"] = rows.pop(theirs.name)
+    assert list(rows) == ["real", "other", "unigram", "tokens", "prompt", "gpt", "collapsed"]
+    return rows
+
+
+# ---- What the judge says
+
+
+def test_what_does_not_follow_is_improbable_and_what_has_no_order_is_more_so(systems):
+    nll = {name: row["nll"][0] for name, row in systems.items()}
+    assert 1.5 * nll["real"] < nll["other"]
+    assert nll["other"] < nll["prompt"] < nll["unigram"]
+    assert nll["tokens"] > nll["real"] + 1
+
+
+def test_a_trained_model_is_near_real_text(systems):
+    gpt, real = systems["gpt"], systems["real"]
+    assert abs(gpt["nll"][0] - real["nll"][0]) < 0.2
+    assert abs(gpt["entropy"][0] - real["entropy"][0]) < 0.2
+
+
+def test_a_collapse_shows_in_entropy_and_pairs(systems):
+    collapsed, real = systems["collapsed"], systems["real"]
+    assert collapsed["entropy"][0] < 0.5 < real["entropy"][0] - 0.5
+    assert collapsed["distinct_2"][0] < 0.5 * real["distinct_2"][0]
+
+
+def test_random_words_are_the_words_of_real_text(systems):
+    unigram, real = systems["unigram"], systems["real"]
+    assert abs(unigram["entropy"][0] - real["entropy"][0]) < 0.5
+
+
+def test_what_is_copied_shows(systems):
+    copied = {name: row["copied_prompt"] for name, row in systems.items()}
+    of_prompt = copied.pop("prompt")
+    assert of_prompt > 80
+    assert max(copied.values()) < 40
+    assert systems["unigram"]["copied_train"] < 0.5 * systems["real"]["copied_train"]
+    assert systems["real"]["copies"] == 0
+
+
+def test_words_that_do_not_exist_show(systems):
+    assert systems["tokens"]["words_known"] < 80
+    assert systems["real"]["words_known"] > 99
+    assert systems["unigram"]["words_known"] > 99
+
+
+def test_rouge_knows_the_reference_and_pairs_of_words(systems):
+    real = systems["real"]
+    if isinstance(real["rouge"], str):
+        pytest.skip(real["rouge"])
+    assert real["rouge"][0][0] == 100
+    longest = [row["rouge"][2][0] for name, row in systems.items() if name != "real"]
+    assert max(longest) < 90
+    assert systems["other"]["rouge"][1][0] > 2 * systems["unigram"]["rouge"][1][0]
+
+
+def test_mauve_tells_good_texts_from_floors(systems):
+    if isinstance(systems["real"]["mauve"], str):
+        pytest.skip(systems["real"]["mauve"])
+    mauve = {name: row["mauve"][0] for name, row in systems.items()}
+    good = min(mauve[name] for name in ("real", "other", "gpt"))
+    bad = max(mauve[name] for name in ("unigram", "prompt", "collapsed"))
+    assert good > 2 * bad
+
+
+def test_a_system_is_reported_at_a_setting_of_its_frontier(judged):
+    _, _, report, text = judged
+    points = report["frontier"]["gpt"]
+    assert len(points) == 6, "two nuclei and three temperatures"
+    assert report["systems"]["gpt"]["knob"] in [point["knob"] for point in points]
+    assert text.count("| gpt |") == 2
+
+
+def test_whole_documents_are_judged_too(judged, tmp_path):
+    folder = judged[0]
+    out = folder / "out"
+    options = ["--unprompted", f"--systems=real,unigram,gpt=gpt:{out / 'gpt.pt'}"]
+    judge(folder, "--out", tmp_path, "--evaluator", out / "evaluator/gpt.pt", *options)
+    rows = json.loads((tmp_path / "eval.json").read_text())["systems"]
+    for line in lines_in(benchmark_of(folder, "_unprompted")):
+        assert line["prompt"] == ""
+        assert line["reference"].startswith("the ")
+    assert abs(rows["gpt"]["nll"][0] - rows["real"]["nll"][0]) < 0.3
+    assert rows["unigram"]["nll"][0] > rows["real"]["nll"][0] + 1
+    assert rows["real"]["copies"] == 0
+
+
+def test_the_kind_textldm_takes_a_folder_or_a_checkpoint_of_any_kind(home, tmp_path):
+    """The VAE of a checkpoint is beside it."""
+    dit = home / "out/dit.pt"
+    gpt = home / "out/gpt.pt"
+    systems = f"--systems=folder=textldm:{home / 'out'},file=textldm:{dit},gpt=textldm:{gpt}"
+    (tmp_path / "evaluator").mkdir()
+    (tmp_path / "evaluator/gpt.pt").write_bytes(gpt.read_bytes())
+    options = ["--n=8", "--clusters=2", "--device=cpu"]
+    options += ["--steps=2", "--cfg=1,2", "--temperature=1", "--top_p=1"]
+    where = ["--data", home / "data", "--out", tmp_path]
+    script("bench/evaluate.py", *where, *options, systems)
+    report = json.loads((tmp_path / "eval.json").read_text())
+    folder, file = report["frontier"]["folder"], report["frontier"]["file"]
+    assert [point["knob"] for point in folder] == [point["knob"] for point in file]
+    assert len(folder) == 2
+    assert report["texts"]["folder"] == report["texts"]["file"]
+    assert [point["knob"] for point in report["frontier"]["gpt"]] == [dict(temperature=1, top_p=1)]
+    (benchmark,) = (home / "data").glob("benchmark_8_1_*.jsonl")
+    benchmark.unlink()
+
+
+# ---- Bad benchmarks
+
+
+@pytest.fixture
+def refuse_judging(judged, capsys):
+    """Judging with these options is refused with these words, and changes nothing."""
+    folder = judged[0]
+
+    def check(words, *more):
+        options = ["--data", folder / "data", "--out", folder / "out", "--n=60", "--device=cpu"]
+        options += ["--systems=real", *more]
+        refuse(capsys, words, "bench/evaluate.py", *options, keep=folder)
+
+    return check
+
+
+BAD_OPTIONS = [
+    ("has only", ["--n=5000"]),
+    ("kind 'fake'", ["--systems=real,fake"]),
+    ("--top_p=1,x", ["--systems=gpt", "--top_p=1,x"]),
+    ("two rows", ["--systems=real,real"]),
+]
+
+
+@pytest.mark.parametrize("words, options", BAD_OPTIONS)
+def test_bad_options_are_refused(refuse_judging, words, options):
+    refuse_judging(words, *options)
+
+
+BAD_LINES = [
+    ('{"prompt": "a"}', 'line 1: expected {"prompt"'),
+    ("[1]", "line 1"),
+    ("{", "line 1"),
+    ('{"prompt": "a", "reference": " "}', "the reference is empty"),
+    ('{"prompt": "a", "reference": "b"}', "has 1 lines"),
+]
+
+
+@pytest.mark.parametrize("line, words", BAD_LINES)
+def test_bad_benchmarks_are_refused(refuse_judging, tmp_path, line, words):
+    file = tmp_path / "benchmark.jsonl"
+    file.write_text(line + "\n")
+    refuse_judging(words, f"--benchmark={file}")
+
+
+def test_a_missing_benchmark_is_refused(refuse_judging, tmp_path):
+    refuse_judging("does not exist", f"--benchmark={tmp_path / 'none'}")
+
+
+def test_texts_of_other_prompts_are_refused(refuse_judging, tmp_path):
+    file = tmp_path / "texts.jsonl"
+    file.write_text('{"prompt": "a", "text": "b"}\n')
+    refuse_judging("does not match the benchmark", f"--texts={file}")
+
+
+def test_a_benchmark_is_not_cut_again(refuse_judging, tmp_path):
+    file = tmp_path / "benchmark.jsonl"
+    file.write_text('{"prompt": "a", "reference": "b"}\n')
+    refuse_judging("leave one of them out", f"--benchmark={file}", "--unprompted")
+
+
+def test_a_missing_evaluator_is_refused(refuse_judging, tmp_path):
+    refuse_judging("evaluator/gpt.pt is missing", "--out", tmp_path)
+
+
+def test_a_model_does_not_judge_itself(refuse_judging, judged):
+    evaluator = f"--evaluator={judged[0] / 'out/gpt.pt'}"
+    refuse_judging("judged by itself", "--systems=gpt", evaluator)
+
+
+# ---- Speed
+
+
+def test_a_gpt_with_a_cache_writes_what_it_does_without():
+    torch.manual_seed(3)
+    gpt = GPT(TransformerConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=50))
+    for name, p in gpt.named_parameters():
+        p.data = 0.5 * torch.randn(p.shape) + (".ln_" in f".{name}" and name.endswith("weight"))
+    prompts = torch.randint(0, 50, (2, 5))
+    expected = []
+    with torch.no_grad():
+        for row in prompts.tolist():
+            while len(row) < 12:
+                row.append(gpt(torch.tensor([row]))[0, -1].argmax().item())
+            expected.append(row[5:])
+    found = load("bench/speed.py").cached_gpt(gpt, prompts, 7, torch.float32)
+    assert found.tolist() == expected
+    assert len({*expected[0], *expected[1]}) > 3
+
+
+def test_speed_tells_what_each_system_computes(home, tmp_path, capsys):
+    options = ["--parts=sample", "--rounds=1", "--lengths=5", "--batches=2", "--device=cpu"]
+    out = tmp_path / "speed.json"
+    module = load("bench/speed.py")
+    module.PROMPT = 40  # a shorter prompt than it measures
+    run_module(module, "bench/speed.py", *options, "--data", home / "data", "--out", out)
+    rows = json.loads(out.read_text())["sample"]
+    evaluations = {row["system"]: row["evaluations"] for row in rows}
+    assert evaluations["textldm, 20 steps"] == 20
+    assert evaluations["blocks of 4, 20 steps"] == 40
+    assert evaluations["gpt, static cache"] == 5
+    for row in rows:
+        assert row["memory_mb"] >= 0
+        assert row["new_tokens"] == 5
+        assert row["prompts"] == 2
+    assert "| textldm, 50 steps | 2 | 5 |" in capsys.readouterr().out

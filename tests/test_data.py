@@ -1,0 +1,431 @@
+"""Properties of data/prepare.py, and of the corpora that training reads."""
+
+import gzip
+import json
+import sys
+import tarfile
+import unicodedata
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import engine.corpus
+from engine.config import UserError
+from engine.corpus import Corpus, load_encoding
+from tests.helpers import DOCUMENTS, load, refuse, script, write_jsonl
+from textldm import CONTEXT, TAIL_WEIGHT, TARGET
+
+
+def prepare(*arguments):
+    script("data/prepare.py", *arguments)
+
+
+def meta_of(folder):
+    return json.loads((folder / "meta.json").read_text())
+
+
+def documents_of(corpus):
+    """The tokens of each document, with its end-of-text token."""
+    documents = np.split(corpus.tokens, corpus.ends)
+    assert not len(documents[-1])
+    return documents[:-1]
+
+
+def read_back(folder):
+    """All documents of a prepared folder, as bytes."""
+    texts = []
+    for split in ("train", "val"):
+        corpus = Corpus(folder, split, 2)
+        ends = np.flatnonzero(corpus.tokens == corpus.eot) + 1  # also of a stream
+        for document in np.split(corpus.tokens, ends)[:-1]:
+            texts.append(corpus.encoding.decode_bytes(document[:-1].tolist()))
+    return texts
+
+
+def any_text(rng, n):
+    """Any valid Unicode but surrogates."""
+    text = ""
+    for bound in rng.choice([0x80, 0x800, 0x10000, 0x110000], n):
+        point = int(rng.integers(bound))
+        if not 0xD800 <= point < 0xE000:
+            text += chr(point)
+    return text
+
+
+# ---- Any text, of any source
+
+
+@pytest.mark.parametrize("encoding", ["bpe", "gpt2"])
+def test_prepare_gives_back_any_text(tmp_path, encoding):
+    if encoding == "gpt2":
+        try:
+            load_encoding(dict(encoding="gpt2", vocab_size=50257, eot=50256))
+        except UserError:
+            pytest.skip("GPT-2's BPE is not in tiktoken's cache, and there is no network")
+    rng = np.random.default_rng(0)
+    texts = [any_text(rng, 50) for _ in range(200)]
+    texts += ["a\r\nb\x00c\u2028d \n\n ", "<|endoftext|>", " ", "\n", "lone \ud800 half"]
+    texts += DOCUMENTS[:7]
+    source = write_jsonl(tmp_path / "in.jsonl", texts)
+    options = [f"--encoding={encoding}", "--vocab_size=280", "--val_fraction=0.3"]
+    prepare(source, "--out", tmp_path / "out", *options)
+    expected = []
+    for text in texts:
+        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        expected.append(whole.encode())
+    assert sorted(read_back(tmp_path / "out")) == sorted(expected)
+
+
+def test_every_format_gives_the_same_corpus(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    lines = [json.dumps({"text": f"{text} {i}"}) + "\n" for i, text in enumerate(DOCUMENTS)]
+    plain = "".join(lines).encode()
+    # Archives are often appended to, so a file may hold several frames.
+    frames = zstandard.compress(plain[:5000]) + zstandard.compress(plain[5000:])
+    files = {"a.jsonl": plain, "b.jsonl.gz": gzip.compress(plain), "c.jsonl.zst": frames}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    with tarfile.open(tmp_path / "d.tar", "w") as tar:
+        tar.add(tmp_path / "c.jsonl.zst", "openwebtext2/c.jsonl.zst")
+    options = ["--encoding=bpe", "--vocab_size=280", "--val_fraction=0.2"]
+    found = []
+    for name in [*files, "d.tar"]:
+        prepare(tmp_path / name, "--out", tmp_path / "out", *options)
+        digest = meta_of(tmp_path / "out")["sha256"]
+        found.append((digest, (tmp_path / "out/train.bin").read_bytes()))
+    assert len(found) == 4
+    assert len(set(found)) == 1
+
+
+@pytest.mark.parametrize("piece", [7, 100, 1 << 20])
+def test_pieces_of_any_size_give_the_same_lines(tmp_path, piece):
+    module = load("data/prepare.py")
+    module.PIECE = piece
+    write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    compressed = gzip.compress((tmp_path / "a.jsonl").read_bytes())
+    (tmp_path / "a.jsonl.gz").write_bytes(compressed)
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        assert list(module.Files([tmp_path / name])()) == DOCUMENTS
+
+
+def test_every_document_is_followed_by_an_end_of_text(tmp_path):
+    """Documents of any length, in however many blocks they are encoded, and in their order."""
+    rng = np.random.default_rng(0)
+    texts = ["x" * 3000, "\n", " ", "a\n\n", "b " * 5000]
+    texts += ["word " * int(n) + "end" for n in rng.integers(0, 300, 400)]
+    texts += ["y" * 70000, "z"]
+    module = load("data/prepare.py")
+    module.PIECE = 1 << 12
+    ranks = module.train_bpe(iter(texts), 280)
+    tokenizer = dict(encoding="bpe", vocab_size=280, eot=279, bpe=ranks)
+    encoding = load_encoding(tokenizer)
+
+    def source():
+        return texts
+
+    module.write_bins(tmp_path, encoding, 279, "uint16", [("train", source)], 0.5)
+    (tmp_path / "train.bin.tmp").rename(tmp_path / "train.bin")
+    meta = dict(tokenizer, dtype="uint16", layout="documents", longest=99)
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    corpus = Corpus(tmp_path, "train", 2)
+    found = [corpus.encoding.decode(d[:-1].tolist()) for d in documents_of(corpus)]
+    assert found == texts
+
+
+def test_a_bpe_merges_the_most_frequent_pairs_first():
+    module = load("data/prepare.py")
+    ranks = module.train_bpe(iter(["abab"] * 9 + ["cab"] * 3), 259)
+    encoding = load_encoding(dict(encoding="bpe", vocab_size=259, eot=258, bpe=ranks))
+    tokens = {}
+    for word in ("abab", "cab"):
+        ids = encoding.encode_ordinary(word)
+        tokens[word] = [encoding.decode_single_token_bytes(i) for i in ids]
+    assert tokens == dict(abab=[b"abab"], cab=[b"c", b"ab"]), "two merges: ab, then abab"
+
+
+# ---- Training and validation data
+
+
+def test_val_within_the_folder_is_not_trained_on(tmp_path):
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in/a.jsonl", ["for training"] * 9)
+    val = write_jsonl(tmp_path / "in/val.jsonl", ["for val"] * 9)
+    options = ["--encoding=bpe", "--vocab_size=260"]
+    prepare(tmp_path / "in", "--val", val, "--out", tmp_path / "out", *options)
+    assert meta_of(tmp_path / "out")["documents"] == {"train": 9, "val": 9}
+
+
+def test_the_split_depends_on_the_text_alone(tmp_path):
+    texts = [f"document {i}" for i in range(300)]
+    options = ["--encoding=bpe", "--vocab_size=270", "--val_fraction=0.2"]
+    vals = []
+    for name, order in (("forth", texts), ("back", texts[::-1])):
+        source = write_jsonl(tmp_path / f"{name}.jsonl", order)
+        prepare(source, "--out", tmp_path / name, *options)
+        corpus = Corpus(tmp_path / name, "val", 64)
+        text = corpus.encoding.decode(corpus.tokens.tolist())
+        vals.append(sorted(text.split("<|endoftext|>")))
+    assert vals[0] == vals[1]
+    assert 30 < len(vals[0]) < 90
+
+
+def test_text_files_and_val_files(tmp_path):
+    (tmp_path / "txt").mkdir()
+    expected = []
+    for i in range(5):
+        content = f"file {i} äöü\r\n\n".encode() * 9
+        (tmp_path / "txt" / f"{i}.txt").write_bytes(content)
+        expected.append(content)
+    (tmp_path / "val.txt").write_text("file of val")
+    options = ["--encoding=bpe", "--vocab_size=264"]
+    prepare(tmp_path / "txt", "--val", tmp_path / "val.txt", "--out", tmp_path / "out", *options)
+    assert read_back(tmp_path / "out") == [*expected, b"file of val"]
+
+
+def test_rows_are_as_long_as_nearly_all_documents_need(home):
+    meta = meta_of(home / "data")
+    lengths = [len(d) for d in documents_of(Corpus(home / "data", "train", 64))]
+    lengths += [len(d) for d in documents_of(Corpus(home / "data", "val", 64))]
+    assert np.quantile(lengths, 0.9) <= meta["longest"] <= max(lengths)
+    assert Corpus(home / "data", "train", 64).N == meta["longest"]
+    assert Corpus(home / "data", "train", 8).N == 8
+
+
+# ---- The embedded corpora
+
+
+def test_names_are_those_of_unicode():
+    names = list(load("data/prepare.py").names())
+    assert len(set(names)) == len(names)
+    assert len(names) > 25000
+    assert "greek small letter alpha" in names
+    if unicodedata.unidata_version == "14.0.0":
+        assert len(names) == 26015
+
+
+PROSE = [
+    ("Return the height of the figure.", True),
+    ("return the height of the figure.", False),
+    ("Return x[0] + y[1] * (z - 2).", False),
+    ("Too short.", False),
+]
+
+
+@pytest.mark.parametrize("text, is_prose", PROSE)
+def test_prose_is_told_from_code(text, is_prose):
+    assert load("data/prepare.py").is_prose(text) == is_prose
+
+
+# ---- Rows
+
+
+def test_nanogpt_bins_are_gpt2_streams(tmp_path, monkeypatch):
+    def no_encoding(tokenizer, source=""):
+        return tokenizer
+
+    np.arange(1000, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    monkeypatch.setattr(engine.corpus, "load_encoding", no_encoding)
+    corpus = Corpus(tmp_path, "train", 64, cut_words=False)
+    assert corpus.encoding["encoding"] == "gpt2"
+    assert corpus.is_stream
+    batch = corpus.batch(np.random.default_rng(0), 16, 32)
+    assert (batch.tokens.diff(dim=1) == 1).all()
+    assert len(set(batch.tokens[:, 0].tolist())) > 8
+    assert batch.counted.all()
+
+
+@pytest.fixture(scope="module")
+def rows(home):
+    """500 rows of documents: (tokens of the text, context, target, row, segment, weight) each."""
+    corpus = Corpus(home / "data", "train", 64)
+    batch = corpus.batch(np.random.default_rng(0), 500, 64)
+    found = []
+    for row, segment, weight in zip(batch.tokens, batch.segment, batch.weight):
+        n = row.tolist().index(corpus.eot) + 1
+        text = row[: n - 1]
+        sides = []
+        for side in (CONTEXT, TARGET):
+            sides.append(corpus.encoding.decode(text[segment[: n - 1] == side].tolist()))
+        found.append((text.tolist(), *sides, row, segment, weight))
+    return corpus, found
+
+
+def test_a_row_is_a_document_and_a_tail_of_end_of_texts(rows):
+    corpus, found = rows
+    documents = {corpus.encoding.decode(d[:-1].tolist()) for d in documents_of(corpus)}
+    for text, context, target, row, _, weight in found:
+        n = len(text) + 1
+        assert context + target in documents, "a cut inside a word loses no character"
+        assert (row[n - 1 :] == corpus.eot).all()
+        assert (weight[:n] == 1).all()
+        assert (weight[n:] == TAIL_WEIGHT).all()
+
+
+def test_a_context_is_tokenised_as_a_prompt_is(rows):
+    corpus, found = rows
+    for _, context, _, row, segment, _ in found:
+        assert corpus.encoding.encode_ordinary(context) == row[segment == CONTEXT].tolist()
+
+
+def test_rows_are_cut_anywhere(rows):
+    corpus, found = rows
+    empty = inside_words = inside_tokens = 0
+    for text, context, target, *_ in found:
+        empty += not context
+        inside_words += context[-1:].isalpha() and target[:1].isalpha()
+        inside_tokens += text != corpus.encoding.encode_ordinary(context + target)
+    assert empty > 40
+    assert inside_words > 50
+    assert inside_tokens > 30
+
+
+def test_words_are_left_whole_where_asked(home):
+    corpus = Corpus(home / "data", "train", 64, cut_words=False)
+    documents = {tuple(d.tolist()) for d in documents_of(corpus)}
+    batch = corpus.batch(np.random.default_rng(0), 500, 64)
+    for row in batch.tokens.tolist():
+        assert tuple(row[: row.index(corpus.eot) + 1]) in documents
+
+
+def test_only_beginnings_have_an_empty_context(home):
+    corpus = Corpus(home / "data", "train", 8, cut_words=False)
+    beginnings = set()
+    for document in documents_of(corpus):
+        beginnings.add((*document.tolist(), *[corpus.eot] * 8)[:8])
+    batch = corpus.batch(np.random.default_rng(0), 500, 8)
+    empty = []
+    for row, segment in zip(batch.tokens.tolist(), batch.segment):
+        if (segment == TARGET).all():
+            empty.append(tuple(row))
+    assert len(empty) > 20
+    assert set(empty) <= beginnings
+    assert not {tuple(row) for row in batch.tokens.tolist()} <= beginnings
+
+
+def test_the_places_of_targets_are_known_without_a_gpu(rows, home):
+    corpus, _ = rows
+    batch = corpus.batch(np.random.default_rng(1), 20, 16)
+    assert batch.targets.tolist() == np.flatnonzero(batch.segment.flatten() == TARGET).tolist()
+
+
+def test_documents_are_drawn_equally_often(home):
+    corpus = Corpus(home / "data", "train", 64, cut_words=False)
+    batch = corpus.batch(np.random.default_rng(0), 20 * len(corpus.ends), 64)
+    seen = Counter(tuple(row) for row in batch.tokens.tolist())
+    assert len(seen) == len(corpus.ends)
+    assert max(seen.values()) < 60
+
+
+def test_fixed_batches_are_always_the_same(home):
+    a = Corpus(home / "data", "val", 16).fixed_batches(2, "cpu")
+    b = Corpus(home / "data", "val", 16).fixed_batches(2, "cpu")
+    for one, other in zip(a, b):
+        assert (one.tokens == other.tokens).all()
+        assert (one.segment == other.segment).all()
+    assert a[0].tokens.tolist() != a[1].tokens.tolist()
+
+
+# ---- Bad sources
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder with good.jsonl, and with what it makes in out/."""
+    folder = tmp_path_factory.mktemp("prepared")
+    good = write_jsonl(folder / "good.jsonl", DOCUMENTS)
+    options = ["--encoding=bpe", "--vocab_size=280", "--val_fraction=0.2"]
+    prepare(good, "--out", folder / "out", *options)
+    return folder
+
+
+def cut_tar(folder, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes((folder / "good.jsonl").read_bytes()[:500])
+    with tarfile.open(tmp_path / "whole.tar", "w") as tar:
+        tar.add(tmp_path / "a.jsonl", "a.jsonl")
+        tar.add(folder / "good.jsonl", "good.jsonl")
+    return (tmp_path / "whole.tar").read_bytes()[:1024]
+
+
+def long_lines(folder):
+    """Lines whose compressed file is large."""
+    noise = np.random.default_rng(0).bytes(300000).hex().encode()
+    return (folder / "good.jsonl").read_bytes() + noise
+
+
+def cut_zst(folder, tmp_path):
+    return pytest.importorskip("zstandard").compress(long_lines(folder))[:-100]
+
+
+def bad_zst(folder, tmp_path):
+    pytest.importorskip("zstandard")
+    return b"not zstandard at all"
+
+
+def cut_gz(folder, tmp_path):
+    return gzip.compress(long_lines(folder))[:-100]
+
+
+BROKEN = "broken, cut off"
+NO_DOCUMENT = "no usable document"
+BAD_FILES = {
+    "cut.jsonl.zst": (cut_zst, BROKEN),
+    "bad.jsonl.zst": (bad_zst, BROKEN),
+    "cut.jsonl.gz": (cut_gz, BROKEN),
+    "bad.jsonl.gz": (b"not gzip at all", BROKEN),
+    "bad.tar": (b"not a tar at all" * 99, BROKEN),
+    "cut.tar": (cut_tar, BROKEN),
+    "none.jsonl": (b'{"txt": "wrong field"}\nnot json\n[1]\n{"text": 3}\n\n', NO_DOCUMENT),
+    "empty.jsonl": (b"", NO_DOCUMENT),
+    "deep.jsonl": (b"[" * 99999 + b"\n", NO_DOCUMENT),
+    "one.jsonl": (b'{"text": "one one one one"}\n', "documents fell to"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_are_refused_and_nothing_is_changed(prepared, tmp_path, capsys, name):
+    data, words = BAD_FILES[name]
+    if callable(data):
+        data = data(prepared, tmp_path)
+    (tmp_path / name).write_bytes(data)
+    out = prepared / "out"
+    options = ["--out", out, "--encoding=bpe", "--vocab_size=259"]
+    refuse(capsys, words, "data/prepare.py", tmp_path / name, *options, keep=out)
+
+
+def test_bad_options_are_refused_and_nothing_is_changed(prepared, tmp_path, capsys):
+    good, out = prepared / "good.jsonl", prepared / "out"
+    where = ["--out", out]
+    refuse(capsys, "missing", "data/prepare.py", tmp_path / "nothing.jsonl", *where, keep=out)
+    refuse(capsys, "--val_fraction", "data/prepare.py", good, *where, "--val_fraction=2", keep=out)
+
+
+def test_a_text_too_small_for_its_vocabulary_is_refused_and_makes_no_folder(tmp_path, capsys):
+    (tmp_path / "one.jsonl").write_bytes(b'{"text": "one one one one"}\n')
+    options = ["--out", tmp_path / "new", "--encoding=bpe"]
+    words = "too small for --vocab_size"
+    refuse(capsys, words, "data/prepare.py", tmp_path / "one.jsonl", *options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_single_bad_lines_are_skipped_and_counted(prepared, tmp_path, capsys):
+    lines = (prepared / "good.jsonl").read_bytes()
+    (tmp_path / "some.jsonl").write_bytes(b"nonsense\n" + lines)
+    options = ["--encoding=bpe", "--vocab_size=280", "--val_fraction=0.2"]
+    prepare(tmp_path / "some.jsonl", "--out", tmp_path / "out", *options)
+    assert "skipped 1 unusable lines of" in capsys.readouterr().out
+
+
+def test_a_missing_package_is_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    (tmp_path / "a.jsonl.zst").write_bytes(b"x")
+    options = ["--out", tmp_path / "out", "--encoding=bpe"]
+    words = "pip install zstandard"
+    refuse(capsys, words, "data/prepare.py", tmp_path / "a.jsonl.zst", *options)
+
+
+@pytest.mark.parametrize("change", [{"eot": 3}, {"vocab_size": 7}, {"bpe": "%%"}, {"bpe": ""}])
+def test_a_damaged_tokenizer_is_refused(home, change):
+    tokenizer = dict(Corpus(home / "data", "train", 8).tokenizer, **change)
+    with pytest.raises(UserError, match="do not fit"):
+        load_encoding(tokenizer)

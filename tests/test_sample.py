@@ -1,0 +1,620 @@
+"""Properties of sample.py, and of what all scripts make of bad options, data and checkpoints."""
+
+import io
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import variants.writers
+from engine.checkpoint import load_checkpoint, write_whole
+from engine.corpus import Corpus, load_encoding
+from sample import Printer
+from tests.helpers import SIZES, copy_of, load, refuse, run_module, script, train
+from textldm import Sampling
+from variants.writers import load_writer
+
+TRAINING = [
+    "baselines/gpt.py",
+    "train_vae.py",
+    "train_dit.py",
+    "baselines/masked.py",
+    "variants/ldlm.py",
+    "variants/cola_dlm.py vae",
+    "variants/cola_dlm.py dit",
+]
+KINDS = ["gpt", "dit", "masked", "ldlm", "cola_dlm"]
+
+
+def few_fixed_batches(corpus, n, device):
+    """Corpus.fixed_batches, of less rows: what is computed of them takes less time."""
+    return [corpus.batch(np.random.default_rng((0, i)), 16, corpus.N) for i in range(min(n, 2))]
+
+
+@pytest.fixture(scope="module")
+def models(home, tmp_path_factory):
+    """For each kind the options that name its checkpoint, made by its script in one step."""
+    teacher = ["--teacher", home / "out/gpt.pt"]
+    ldlm = tmp_path_factory.mktemp("ldlm")
+    blocks = tmp_path_factory.mktemp("blocks")
+    masked = tmp_path_factory.mktemp("masked")
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(Corpus, "fixed_batches", few_fixed_batches)
+        small = ["--block_size=16", "--eval_interval=9"]
+        train(home, "baselines/masked.py", "--out", masked, *small, steps=1)
+        train(home, "variants/cola_dlm.py vae", "--out", blocks, *teacher, *small, steps=1)
+        train(home, "variants/cola_dlm.py dit", "--out", blocks, *small, steps=1)
+        small += ["--channels=8", "--coder_layers=1"]
+        train(home, "variants/ldlm.py", "--out", ldlm, *teacher, *small, steps=1)
+    return dict(
+        gpt=["--model", home / "out/gpt.pt"],
+        dit=["--out", home / "out"],
+        masked=["--model", masked / "masked.pt"],
+        ldlm=["--model", ldlm / "dit.pt"],
+        cola_dlm=["--out", blocks],
+    )
+
+
+def randomised(state):
+    """A checkpoint with random weights, and with the statistics that it has."""
+    generator = torch.Generator().manual_seed(0)
+    model = {}
+    for name, x in state["model"].items():
+        random = torch.randn(x.shape, generator=generator)
+        if name in ("z_mean", "z_std", "hidden_mean", "hidden_std") or ".ln_" in f".{name}":
+            model[name] = x
+        elif name == "latent_of":
+            model[name] = 3 * random
+        else:
+            model[name] = (0.1 if ".h." in name else 0.5) * random
+    return dict(state, model=model)
+
+
+@pytest.fixture(scope="module")
+def random_models(models, tmp_path_factory):
+    """The same, with random weights: after few steps a model writes one text only."""
+    found = {}
+    for kind, (option, path) in models.items():
+        folder = tmp_path_factory.mktemp(kind)
+        source = path
+        if option == "--out":
+            source = path / "dit.pt"
+            vae = load_checkpoint(path / "vae.pt", ("vae", "causal_vae"), "")
+            write_whole(folder / "vae.pt", randomised(vae))
+        write_whole(folder / "dit.pt", randomised(load_checkpoint(source, kind, "")))
+        found[kind] = ["--out", folder]
+    return found
+
+
+@pytest.fixture
+def sample(capsys):
+    """Runs sample.py with few steps. Returns what it printed."""
+
+    def run(*options):
+        capsys.readouterr()
+        script("sample.py", "--steps=3", "--device=cpu", *options)
+        return capsys.readouterr()
+
+    return run
+
+
+def encoding_of(home):
+    return load_encoding(Corpus(home / "data", "train", 8).tokenizer)
+
+
+def prompts_in(tmp_path, lines):
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def lines_in(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# ---- What sample.py writes
+
+
+def test_each_prompt_is_continued_n_times(home, sample):
+    out = sample("--out", home / "out", "--prompt=greek sm", "--n=3").out
+    assert out.count("greek sm|") == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_of_any_kind_writes(models, sample, kind):
+    out = sample(*models[kind], "--prompt=greek", "--length=5").out
+    assert out.startswith("greek|")
+    assert out.endswith("\n")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_seed_draws_what_is_random(random_models, sample, kind):
+    options = [*random_models[kind], "--prompt=greek", "--length=8", "--temperature=1"]
+    texts = [sample(*options, f"--seed={seed}").out for seed in range(4)]
+    assert len(set(texts)) == 4
+    assert sample(*options).out == texts[0]
+    assert sample(*options, "--seed=3").out == texts[3]
+
+
+def test_a_prompt_that_is_too_long_loses_its_beginning_and_a_warning_says_so(home, sample):
+    found = sample("--out", home / "out", "--prompt=" + "greek " * 99)
+    assert "warning: prompt 1 has " in found.err
+    assert "its beginning is cut off" in found.err
+    assert "greek |" in found.out
+
+
+def test_a_trace_shows_the_text_of_each_step(home, sample):
+    out = sample("--out", home / "out", "--prompt=greek", "--trace").out
+    lines = out.splitlines()
+    times = [float(line[2:7]) for line in lines if line.startswith("t=")]
+    assert len(times) == 3
+    assert times[0] == 1
+    assert times == sorted(times, reverse=True)
+    text = lines[-1].removeprefix("greek|")
+    assert lines[2].endswith(f"  {text!r}"), "the last step shows what is written"
+
+
+def test_a_long_trace_shows_about_ten_steps(home, sample):
+    out = sample("--out", home / "out", "--prompt=greek", "--trace", "--steps=40").out
+    assert out.count("t=") == 10
+
+
+def test_prompts_of_a_file_are_written_with_their_texts(home, tmp_path, sample):
+    lines = [{"prompt": "greek", "id": 1}, {"prompt": "", "id": 2}, {"prompt": "café ☕", "id": 3}]
+    source = prompts_in(tmp_path, lines)
+    target = tmp_path / "out.jsonl"
+    options = [f"--prompts={source}", f"--output={target}", "--batch_size=2"]
+    found = sample("--out", home / "out", *options)
+    assert found.out == ""
+    written = lines_in(target)
+    assert [line["id"] for line in written] == [1, 2, 3]
+    assert [line["prompt"] for line in written] == ["greek", "", "café ☕"]
+    for line in written:
+        assert isinstance(line["text"], str)
+        assert isinstance(line["ended"], bool)
+
+
+def test_prompts_of_a_file_may_be_printed(home, tmp_path, sample):
+    source = prompts_in(tmp_path, [{"prompt": "greek"}, {"prompt": "latin"}])
+    out = sample("--out", home / "out", f"--prompts={source}").out
+    assert out.count("greek|") == 1
+    assert out.count("latin|") == 1
+
+
+def test_options_are_passed_on_and_what_ended_is_said(home, tmp_path, monkeypatch, sample):
+    given = []
+    eot = 299
+
+    def write(vae, dit, prompts, length, sampling, callback):
+        given.append((len(prompts), length, sampling, callback))
+        return [[5, eot], [6]] * (len(prompts) // 2)
+
+    monkeypatch.setattr(variants.writers, "continue_texts", write)
+    source = prompts_in(tmp_path, [{"prompt": "a"}, {"prompt": "b"}])
+    target = tmp_path / "out.jsonl"
+    options = ["--n=3", "--temperature=0.25", "--cfg=1.5", "--steps=7", "--length=4", "--seed=2"]
+    sample("--out", home / "out", f"--prompts={source}", f"--output={target}", *options)
+    ((number, length, sampling, callback),) = given
+    assert (number, length, callback) == (6, 4, None)
+    assert (sampling.steps, sampling.cfg_scale, sampling.temperature) == (7, 1.5, 0.25)
+    assert sampling.seed == 2 * 1_000_003
+    written = lines_in(target)
+    assert [line["prompt"] for line in written] == ["a", "a", "a", "b", "b", "b"]
+    assert [line["ended"] for line in written] == [True, False] * 3
+    texts = [encoding_of(home).decode([5]), encoding_of(home).decode([6])]
+    assert [line["text"] for line in written] == texts * 3
+
+
+def test_no_two_batches_share_noise(home, tmp_path, monkeypatch, sample):
+    seeds = []
+
+    def write(vae, dit, prompts, length, sampling, callback):
+        seeds.append((len(prompts), sampling.seed))
+        return [[5]] * len(prompts)
+
+    monkeypatch.setattr(variants.writers, "continue_texts", write)
+    options = ["--out", home / "out", "--prompt=a", "--n=5", "--batch_size=2"]
+    sample(*options)
+    assert seeds == [(2, 0), (2, 2), (1, 4)]
+
+
+@pytest.mark.parametrize("kind, function", [("gpt", "generate"), ("masked", "unmask")])
+def test_options_are_passed_on_to_other_kinds(models, monkeypatch, sample, kind, function):
+    given = []
+
+    def write(model, prompts, length, *more, **named):
+        given.append((len(prompts), length, *more, named))
+        return [[5]] * len(prompts)
+
+    monkeypatch.setattr(variants.writers, function, write)
+    options = ["--n=2", "--temperature=0.25", "--length=4", "--seed=1", "--steps=7"]
+    sample(*models[kind], "--prompt=a", *options)
+    ((number, length, how, named),) = given
+    assert (number, length) == (2, 4)
+    if kind == "gpt":
+        assert how == 0.25
+        assert named == dict(seed=1_000_003)
+    else:
+        assert (how.temperature, how.steps, how.seed) == (0.25, 7, 1_000_003)
+
+
+def test_what_a_terminal_cannot_show_is_replaced(home, monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    script("sample.py", "--out", home / "out", "--prompt=café", "--steps=2", "--device=cpu")
+    stdout.flush()
+    assert stdout.buffer.getvalue().startswith(b"caf?|")
+
+
+# ---- Blocks, which are printed as they come
+
+
+def test_a_text_of_blocks_is_as_long_as_asked(random_models, home, tmp_path, sample):
+    target = tmp_path / "out.jsonl"
+    source = prompts_in(tmp_path, [{"prompt": "greek"}])
+    seen = []
+    real = variants.writers.continue_in_blocks
+
+    def write(*given):
+        texts = real(*given)
+        seen.extend(texts)
+        return texts
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(variants.writers, "continue_in_blocks", write)
+        options = [f"--prompts={source}", f"--output={target}", "--length=50"]
+        sample(*random_models["cola_dlm"], *options)
+    (text,) = seen
+    assert len(text) == 50, "longer than a row, which has 16"
+    (line,) = lines_in(target)
+    assert line["text"] == Printer(encoding_of(home), 1).text(text)
+
+
+def test_a_stream_of_blocks_is_the_text_that_is_written_at_once(random_models, sample):
+    """One text is printed as it grows, of several each when it is done."""
+    options = [*random_models["cola_dlm"], "--prompt=greek", "--length=50", "--cfg=1"]
+    stream = sample(*options).out
+    several = sample(*options, "--n=2").out
+    assert stream.startswith("greek|")
+    assert several.startswith(stream.rstrip("\ufffd\n"))
+
+
+def test_a_stream_prints_each_block_once(random_models, monkeypatch, sample):
+    calls = []
+    stream = Printer.stream
+
+    def remember(printer, t, texts):
+        calls.append(len(texts[0]))
+        stream(printer, t, texts)
+
+    module = load("sample.py")
+    monkeypatch.setattr(module.Printer, "stream", remember)
+    options = [*random_models["cola_dlm"], "--prompt=greek", "--length=50", "--steps=2"]
+    run_module(module, "sample.py", *options, "--device=cpu")
+    assert calls == [*range(4, 50, 4), 50]
+
+
+def test_half_a_character_is_printed_when_it_is_whole(home, capsys):
+    encoding = encoding_of(home)
+    printer = Printer(encoding, 1)
+    printer.prompt = "a"
+    coffee = [encoding.encode_single_token(bytes([byte])) for byte in "☕".encode()]
+    shown = []
+    for n in (1, 2, 3):
+        printer.stream(0.0, [coffee[:n]])
+        shown.append(capsys.readouterr().out)
+    assert shown == ["a|", "", "☕"]
+
+
+def test_end_of_texts_are_line_ends_within_a_text_and_nothing_at_its_end(home):
+    encoding = encoding_of(home)
+    a = encoding.encode_ordinary("a")
+    assert Printer(encoding, 1).text([*a, 299, *a, 299]) == "a\na"
+
+
+# ---- Bad options
+
+
+@pytest.mark.parametrize(
+    "option, words",
+    [
+        ("--max_steps=0", "--max_steps"),
+        ("--max_steps=many", "argument"),
+        ("--beta=-1", "--beta"),
+        ("--no_such_option=1", "--no_such_option"),
+        ("--preset=huge", "argument"),
+        ("--recipe=theirs", "argument"),
+        ("--batch_size=1.5", "argument"),
+        ("--learning_rate=nan", "--learning_rate"),
+        ("--n_embd=91", "is not a multiple"),
+        ("--device=tpu9", "--device"),
+    ],
+)
+def test_bad_options_of_training_are_refused(home, capsys, option, words):
+    where = ["--data", home / "data", "--out", home / "out"]
+    refuse(capsys, words, "train_vae.py", *where, option, keep=home)
+
+
+@pytest.mark.parametrize("command", TRAINING)
+def test_bad_options_are_refused_by_each_script(home, tmp_path, capsys, command):
+    path, *stage = command.split()
+    where = ["--data", home / "data", "--out", tmp_path / "out"]
+    refuse(capsys, "--max_steps", path, *stage, *where, "--max_steps=0")
+    refuse(capsys, "--latent_blocks", path, *stage, *where, "--latent_blocks=4")
+    refuse(capsys, "--device", path, *stage, *where, "--device=tpu9")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "option", ["--n=0", "--steps=0", "--length=-1", "--length=1000", "--cfg=nan", "--seed=-1"]
+)
+def test_bad_options_of_sampling_are_refused(home, capsys, option):
+    refuse(capsys, option.split("=")[0], "sample.py", "--out", home / "out", option)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "masked", "cola_dlm"])
+def test_a_trace_is_refused_where_a_text_does_not_form_out_of_noise(models, capsys, kind):
+    refuse(capsys, "leave --trace out", "sample.py", *models[kind], "--trace")
+
+
+def test_bad_files_of_prompts_are_refused(home, tmp_path, capsys):
+    where = ["--out", home / "out"]
+    bad = prompts_in(tmp_path, [{"prompt": "a"}, {"text": "b"}])
+    refuse(capsys, "line 2", "sample.py", *where, f"--prompts={bad}")
+    bad.write_text("{")
+    refuse(capsys, "line 1", "sample.py", *where, f"--prompts={bad}")
+    refuse(capsys, "does not exist", "sample.py", *where, f"--prompts={tmp_path / 'none.jsonl'}")
+
+
+@pytest.mark.parametrize("target", ["", "no_folder/out.jsonl"])
+def test_an_output_that_cannot_be_a_file_is_refused_first(home, tmp_path, capsys, target):
+    option = f"--output={tmp_path / target}"
+    refuse(capsys, "must be a file", "sample.py", "--out", home / "out", option)
+
+
+# ---- Bad data
+
+
+def test_missing_data_is_refused(home, tmp_path, capsys):
+    for command in TRAINING:
+        path, *stage = command.split()
+        where = ["--data", tmp_path / "nowhere", "--out", tmp_path / "out"]
+        refuse(capsys, "missing or empty; python data/prepare.py", path, *stage, *where)
+    assert not (tmp_path / "out").exists()
+
+
+BAD_DATA = {
+    "empty": ("train.bin", lambda data: b"", "missing or empty"),
+    "half a token": ("train.bin", lambda data: data[:-1], "do not fit"),
+    "a token too few": ("train.bin", lambda data: data[:-2], "do not fit"),
+    "unknown tokens": (
+        "train.bin",
+        lambda data: data.replace(b"e\x00", b"\xff\xff"),
+        "beyond its vocabulary",
+    ),
+    "no document": (
+        "val.bin",
+        lambda data: data.replace(b"\x2b\x01", b"\x01\x00"),
+        "less than one row",
+    ),
+    "unknown type": (
+        "meta.json",
+        lambda data: data.replace(b'"uint16"', b'"uint99"'),
+        "do not fit",
+    ),
+    "cut meta": ("meta.json", lambda data: data[:-20], "meta.json do not fit"),
+    "no eot": ("meta.json", lambda data: data.replace(b'"eot"', b'"eos"'), "meta.json do not fit"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_DATA)
+def test_bad_data_is_refused_and_nothing_is_changed(home, tmp_path, capsys, what):
+    home = copy_of(home, tmp_path)
+    name, change, words = BAD_DATA[what]
+    path = home / "data" / name
+    path.write_bytes(change(path.read_bytes()))
+    for command in TRAINING:
+        script_path, *stage = command.split()
+        where = ["--data", home / "data", "--out", home / "out", "--device=cpu"]
+        refuse(capsys, words, script_path, *stage, *where, keep=home)
+
+
+# ---- Bad checkpoints
+
+
+@pytest.fixture
+def copy(home, tmp_path, monkeypatch):
+    """A copy of home, and a working folder where nothing may appear."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return copy_of(home, tmp_path)
+
+
+def with_config(state, **changes):
+    return dict(state, config=dict(state["config"], **changes))
+
+
+def write_bad_files(out):
+    """Files that are no checkpoint, and the words that refuse them."""
+    whole = (out / "vae.pt").read_bytes()
+    (out / "cut.pt").write_bytes(whole[:-1000])
+    flipped = bytearray(whole)
+    flipped[len(flipped) // 2] ^= 4
+    (out / "flip.pt").write_bytes(flipped)
+    (out / "code.pt").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    return ["cut.pt", "flip.pt", "code.pt"]
+
+
+def options_for(home):
+    return ["--data", home / "data", "--out", home / "out", "--device=cpu", "--max_steps=2"]
+
+
+def test_files_that_are_no_checkpoint_are_refused(copy, tmp_path, capsys):
+    out = copy / "out"
+    options = options_for(copy)
+    for bad in write_bad_files(out):
+        words = "no whole checkpoint"
+        refuse(capsys, words, "train_vae.py", *options, "--teacher", out / bad, keep=copy)
+        refuse(capsys, words, "train_dit.py", *options, "--vae", out / bad, keep=copy)
+        refuse(capsys, words, "sample.py", "--out", out, "--vae", out / bad, keep=copy)
+        refuse(capsys, words, "sample.py", "--out", out, "--model", out / bad, keep=copy)
+        stages = ["variants/cola_dlm.py", "dit", *options, "--vae", out / bad]
+        refuse(capsys, words, *stages, keep=copy)
+        refuse(capsys, words, "variants/ldlm.py", *options, "--teacher", out / bad, keep=copy)
+    assert not list((tmp_path / "here").iterdir()), "nothing in a checkpoint runs"
+
+
+def test_a_missing_checkpoint_is_refused_with_what_makes_it(copy, capsys):
+    none = copy / "out/none.pt"
+    options = options_for(copy)
+    makes_gpt = "missing; python baselines/gpt.py"
+    makes_vae = "missing; python train_vae.py"
+    makes_blocks = "missing; python variants/cola_dlm.py vae"
+    refuse(capsys, makes_gpt, "train_vae.py", *options, "--teacher", none, keep=copy)
+    refuse(capsys, makes_gpt, "variants/ldlm.py", *options, "--teacher", none, keep=copy)
+    refuse(capsys, makes_vae, "train_dit.py", *options, "--vae", none, keep=copy)
+    refuse(capsys, makes_vae, "sample.py", "--out", copy / "out", "--vae", none, keep=copy)
+    refuse(capsys, "missing; the training scripts", "sample.py", "--model", none, keep=copy)
+    stages = ["variants/cola_dlm.py", "dit", *options, "--vae", none]
+    refuse(capsys, makes_blocks, *stages, keep=copy)
+
+
+def test_a_checkpoint_of_another_kind_is_refused(copy, models, capsys):
+    out = copy / "out"
+    options = options_for(copy)
+    blocks = models["cola_dlm"][1]
+    wants_vae = "holds a gpt, where a vae is needed"
+    refuse(capsys, wants_vae, "train_dit.py", *options, "--vae", out / "gpt.pt", keep=copy)
+    refuse(capsys, wants_vae, "sample.py", "--out", out, "--vae", out / "gpt.pt", keep=copy)
+    wants_gpt = "holds a vae, where a gpt is needed"
+    refuse(capsys, wants_gpt, "train_vae.py", *options, "--teacher", out / "vae.pt", keep=copy)
+    wants_blocks = "holds a vae, where a causal_vae is needed"
+    refuse(capsys, wants_blocks, "variants/cola_dlm.py", "dit", *options, keep=copy)
+    model = ["--model", blocks / "dit.pt", "--vae", out / "vae.pt"]
+    refuse(capsys, wants_blocks, "sample.py", *model, keep=copy)
+    wants_plain = "holds a causal_vae, where a vae is needed"
+    refuse(capsys, wants_plain, "train_dit.py", *options, "--vae", blocks / "vae.pt", keep=copy)
+    refuse(capsys, "holds a vae, where a dit or", "sample.py", "--model", out / "vae.pt", keep=copy)
+
+
+def test_a_file_that_is_no_gpt_2_is_refused(copy, capsys):
+    torch.save({"some": torch.ones(3)}, copy / "out/other.bin")
+    teacher = ["--teacher", copy / "out/other.bin"]
+    refuse(capsys, "Hugging Face", "train_vae.py", *options_for(copy), *teacher, keep=copy)
+
+
+def test_a_checkpoint_that_does_not_fit_the_code_is_refused(copy, capsys):
+    """Without memory for what it claims."""
+    out = copy / "out"
+    state = load_checkpoint(out / "vae.pt", "vae", "")
+    bad = dict(
+        wide=with_config(state, n_embd=32),
+        odd=dict(state, config={"n_odd": 1}),
+        huge=with_config(state, n_embd=2**40),
+        deep=with_config(state, n_layer=2**40),
+        none=dict(state, config=None),
+    )
+    for name, content in bad.items():
+        write_whole(out / f"{name}.pt", content)
+    for name in bad:
+        option = ["--vae", out / f"{name}.pt"]
+        words = "does not fit this code"
+        refuse(capsys, words, "train_dit.py", *options_for(copy), *option, keep=copy)
+
+
+def test_another_vae_than_the_dits_is_refused(copy, capsys):
+    """Of the same sizes."""
+    out = copy / "out"
+    state = load_checkpoint(out / "vae.pt", "vae", "")
+    state["model"]["z_mean"] += 1
+    write_whole(out / "vae2.pt", state)
+    other = ["--vae", out / "vae2.pt"]
+    refuse(capsys, "another VAE", "sample.py", "--out", out, *other, keep=copy)
+    alike = [*options_for(copy), "--resume", "--batch_size=8", *SIZES]
+    refuse(capsys, "another vae;", "train_dit.py", *alike, *other, keep=copy)
+
+
+def test_another_vocabulary_is_refused(copy, capsys):
+    options = ["--encoding=bpe", "--vocab_size=290", "--layout=documents", "--val_fraction=0.2"]
+    script("data/prepare.py", copy / "docs.jsonl", "--out", copy / "data2", *options)
+    other = ["--data", copy / "data2", "--out", copy / "out", "--device=cpu", "--max_steps=2"]
+    refuse(capsys, "another vocabulary", "train_dit.py", *other, keep=copy)
+    refuse(capsys, "another vocabulary", "baselines/gpt.py", *other, "--resume", keep=copy)
+    refuse(capsys, "different tokenizers", "train_vae.py", *other, keep=copy)
+    refuse(capsys, "different tokenizers", "variants/ldlm.py", *other, keep=copy)
+    stage = ["variants/cola_dlm.py", "vae"]
+    refuse(capsys, "different tokenizers", *stage, *other, keep=copy)
+
+
+def test_a_run_is_not_resumed_with_other_options(copy, capsys):
+    alike = [*options_for(copy), "--resume", "--batch_size=8", *SIZES]
+    others = ["n_layer=1", "seed=2", "accumulate=2", "warmup=7", "weight_decay=0.1", "no-muon"]
+    for option in others:
+        name = option.removeprefix("no-").split("=")[0]
+        words = f"another {name}; resume with the same"
+        refuse(capsys, words, "baselines/gpt.py", *alike, f"--{option}", keep=copy)
+
+
+def test_a_run_is_not_resumed_with_another_teacher(copy, capsys):
+    """Of the same sizes."""
+    out = copy / "out"
+    state = load_checkpoint(out / "gpt.pt", "gpt", "")
+    state["model"]["wte.weight"] += 1
+    write_whole(out / "gpt2.pt", state)
+    alike = [*options_for(copy), "--resume", "--batch_size=8", *SIZES]
+    other = ["--teacher", out / "gpt2.pt"]
+    refuse(capsys, "another teacher;", "train_vae.py", *alike, *other, keep=copy)
+
+
+def test_a_run_is_not_resumed_with_another_corpus(copy, capsys):
+    meta = copy / "data/meta.json"
+    content = json.loads(meta.read_text())
+    meta.write_text(json.dumps(dict(content, sha256="0" * 64)))
+    alike = [*options_for(copy), "--resume", "--batch_size=8", *SIZES]
+    refuse(capsys, "another data;", "baselines/gpt.py", *alike, keep=copy)
+
+
+def test_a_damaged_checkpoint_is_not_resumed(copy, capsys):
+    alike = [*options_for(copy), "--resume", "--batch_size=8", *SIZES]
+    last = copy / "out/gpt_last.pt"
+    state = load_checkpoint(last, "gpt", "")
+    del state["AdamW"]
+    write_whole(last, state)
+    refuse(capsys, "do not fit this code", "baselines/gpt.py", *alike, keep=copy)
+    last.unlink()
+    refuse(capsys, "start without --resume", "baselines/gpt.py", *alike, keep=copy)
+
+
+def test_a_missing_package_is_one_sentence(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    options = ["--data", home / "data", "--out", tmp_path, "--teacher", tmp_path]
+    refuse(capsys, "pip install safetensors", "train_vae.py", *options)
+
+
+def test_the_folder_of_checkpoints_may_have_any_name(home, tmp_path, monkeypatch, sample):
+    """Also one that begins as the name of a pretrained model."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("names", "gpt2_names"):
+        shutil.copytree(home / "out", tmp_path / name)
+        assert sample(f"--out={name}", "--prompt=greek").out.startswith("greek|")
+
+
+def test_a_gpt_in_hugging_faces_layout_writes(home, tmp_path):
+    gpt = load_checkpoint(home / "out/gpt.pt", "gpt", "")
+    tensors = {}
+    for name, x in gpt["model"].items():
+        if ".c_" in name and x.dim() == 2:
+            x = x.T.contiguous()
+        tensors[f"transformer.{name}"] = x
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text('{"n_head": 2}')
+    texts = []
+    for path in (home / "out/gpt.pt", tmp_path, tmp_path / "pytorch_model.bin"):
+        writer = load_writer(str(path), "", torch.device("cpu"))
+        assert writer.kind == "gpt"
+        texts.append(writer.write([[1, 2]], 5, Sampling()))
+    assert texts[0] == texts[1] == texts[2]

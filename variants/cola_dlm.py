@@ -1,0 +1,618 @@
+"""Cola DLM: text in blocks, one after another (Guo et al. 2026, arXiv 2605.06548).
+
+    python variants/cola_dlm.py vae --out=out/blocks --teacher=out/gpt.pt  # after baselines/gpt.py
+    python variants/cola_dlm.py dit --out=out/blocks --latent_block=4
+    python sample.py --out=out/blocks --prompt="greek" --length=1000
+
+What it changes of TextLDM:
+    - A row is one text, cut in blocks of b tokens. Each block is a target. Its context is all that
+      stands before it.
+    - The VAE is causal: the latents of a beginning do not depend on what is written later.
+    - The DiT takes a row twice, clean and noisy. A mask lets each noisy block see the clean blocks
+      before it. Each noisy block has a time of its own.
+    - The sampler writes block after block, keeps keys and values of what is written, and need not
+      end.
+
+Shapes are those of textldm.py. M is the number of blocks of a row.
+"""
+
+import copy
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from engine.checkpoint import build, copy_blocks, load_checkpoint, load_teacher_state
+from engine.config import (
+    DIT_PRESETS,
+    VAE_PRESETS,
+    TrainConfig,
+    UserError,
+    command_line,
+    run_script,
+)
+from engine.corpus import Corpus
+from engine.evaluation import (
+    evaluate_vae,
+    lines_of_samples,
+    lines_of_table,
+    rows_with_other_contexts,
+    table_by_time,
+)
+from engine.loop import (
+    Run,
+    pick_device,
+    pick_dtype,
+    recompute_blocks,
+    set_learning_rate,
+    update_average,
+)
+from engine.muon import make_optimizers
+from engine.statistics import feature_statistics, mean_latents
+from textldm import (
+    CONTEXT,
+    GPT,
+    OURS,
+    TAIL_WEIGHT,
+    TARGET,
+    Block,
+    DiTConfig,
+    Sampling,
+    TextDiT,
+    TextVAE,
+    TransformerConfig,
+    VAEConfig,
+    denoise,
+    make_batch,
+    option,
+    rotate,
+    same_segment,
+    teacher_features,
+    texts_of,
+    weighted_mean,
+)
+
+# ---- The rows and the VAE ------------------------------------------------------------------------
+
+
+class BlockCorpus(Corpus):
+    """A corpus whose rows are one text each, all of it target."""
+
+    def batch(self, rng, B, N):
+        """A Batch of B rows of N tokens. A row from the middle of a text has weight 0 for its first
+        token: only the beginning of a text follows nothing."""
+        tokens = np.full((B, N), self.eot)
+        weight = np.full((B, N), TAIL_WEIGHT, dtype=np.float32)
+        for i in range(B):
+            row, begins_text = self.stretch(rng, N)
+            row = row[:N]
+            tokens[i, : len(row)] = row
+            weight[i, : len(row)] = 1
+            if not begins_text:
+                weight[i, 0] = 0
+        segment = np.full((B, N), TARGET)
+        return make_batch(*map(torch.from_numpy, (tokens, segment, weight)))
+
+
+class CausalVAE(TextVAE):
+    """A TextVAE in which a token's latent, and what is read from a latent, depend on nothing
+    later."""
+
+    def mask(self, segment):
+        return same_segment(segment).tril()
+
+
+# ---- The DiT -------------------------------------------------------------------------------------
+
+
+@dataclass
+class ColaConfig(DiTConfig):
+    latent_block: int = option(4, "b, tokens in a block", 1, 2**15)
+
+
+def who_sees_whom(segment, block):
+    """The mask (N, N), query by key, for the segment and the block of each token, (N,) each. A
+    token sees the clean tokens of earlier blocks. In its own block, clean sees clean and noisy sees
+    noisy. So no noisy block sees the clean tokens that it is to become.
+
+        block        0 1 2   0 1 2
+        clean    0   x . .   . . .
+                 1   x x .   . . .
+                 2   x x x   . . .
+        noisy    0   . . .   x . .
+                 1   x . .   . x .
+                 2   x x .   . . x
+    """
+    is_earlier = block[:, None] > block  # is the key's block earlier than the query's?
+    is_same = block[:, None] == block
+    is_clean = segment == CONTEXT
+    is_alike = segment[:, None] == segment
+    return is_earlier & is_clean | is_same & is_alike
+
+
+class History:
+    """Keys and values (B, H, N_past, D) of the last `window` tokens, for each layer."""
+
+    def __init__(self, n_layer, window):
+        self.window = window
+        self.layers = [None] * n_layer
+
+
+class Layout(NamedTuple):
+    """Where the tokens of a pass stand, and whom they see."""
+
+    position: torch.Tensor  # (N,)
+    mask: torch.Tensor  # (N, N), or (B, 1, N, N_past + N) with a history
+    time_index: torch.Tensor  # (N,): which of the times t (B, M) a token has
+    history: History = None  # of earlier tokens
+    is_kept: bool = False  # whether the tokens of this pass go into the history
+
+
+class ColaDiT(TextDiT):
+    """A TextDiT whose tokens have times of their own, and which can read a history."""
+
+    def forward(self, x, segment, t, guess, layout, places=None):
+        """As TextDiT.forward, but for t (B, M) and the layout."""
+        B, M = t.shape
+        is_target = segment == TARGET  # (B, N)
+        h = self.from_latent(x) + self.segment_emb(is_target.long())  # (B, N, E)
+        if self.config.self_condition:
+            h = h + self.from_guess(guess * is_target[..., None])
+        time_emb = None
+        if self.config.adaln:
+            time_emb = self.time_embedding(t.flatten()).view(B, M, -1)  # (B, M, E)
+        for i, block in enumerate(self.transformer.h):
+            h = self.through_block(i, block, h, time_emb, layout)
+        h = self.transformer.ln_f(h)
+        return self.output(h, places)
+
+    def through_block(self, i, block, x, time_emb, layout):
+        """textldm.Block.forward, with a time for each token."""
+        if time_emb is None:
+            x = x + self.attend(i, block.attn, block.ln_1(x), layout)
+            return x + block.mlp(block.ln_2(x))
+        six = block.adaln(time_emb)[:, layout.time_index].chunk(6, dim=-1)
+        shift_1, scale_1, gate_1 = six[:3]  # (B, N, E) each
+        shift_2, scale_2, gate_2 = six[3:]
+        y = block.ln_1(x) * (1 + scale_1) + shift_1
+        x = x + gate_1 * self.attend(i, block.attn, y, layout)
+        y = block.ln_2(x) * (1 + scale_2) + shift_2
+        return x + gate_2 * block.mlp(y)
+
+    def attend(self, i, attn, x, layout):
+        """textldm.Attention.forward, with the history of layer i."""
+        B, N, E = x.shape
+        qkv = attn.c_attn(x).view(B, N, 3, attn.n_head, E // attn.n_head)  # (B, N, 3, H, D)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, N, D)
+        q, k = rotate(qkv[:2], layout.position)
+        v = qkv[2]
+        history = layout.history
+        if history is not None and history.layers[i] is not None:
+            past_k, past_v = history.layers[i]
+            k = torch.cat((past_k, k), dim=2)  # (B, H, N_past + N, D)
+            v = torch.cat((past_v, v), dim=2)
+        if layout.is_kept:
+            history.layers[i] = (k[:, :, -history.window :], v[:, :, -history.window :])
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask)
+        return attn.c_proj(y.transpose(1, 2).reshape(B, N, E))
+
+
+# ---- The loss ------------------------------------------------------------------------------------
+
+
+class Noise(NamedTuple):
+    """What is drawn for a batch of rows in blocks."""
+
+    block: torch.Tensor  # (N,): the block of each token
+    t: torch.Tensor  # (B, M): the time of each block
+    eps: torch.Tensor  # (B, N, C)
+
+
+def block_denoising_loss(dit, batch, z_0, context, noise, n_guess=0):
+    """textldm.denoising_loss for rows in blocks. z_0 (B, N, C) are clean latents. context (B, N, C)
+    are those that later blocks see: z_0, or zeros in rows where they are dropped."""
+    B, N, C = z_0.shape
+    targets = batch.targets  # (T,) = (B N,), as all tokens are
+    t_of = noise.t[:, noise.block][..., None]  # (B, N, 1)
+    z_t = (1 - t_of) * z_0 + t_of * noise.eps  # (B, N, C)
+
+    # A row is taken twice, [clean ; noisy].
+    x = torch.cat((context, z_t), dim=1)  # (B, 2 N, C)
+    side = torch.arange(2, device=x.device).repeat_interleave(N)  # (2 N,): CONTEXT is 0, TARGET 1
+    block = noise.block.repeat(2)  # (2 N,)
+    segment = side.expand(B, -1)  # (B, 2 N)
+    t = F.pad(noise.t, (1, 0))  # (B, 1 + M): clean tokens are at t = 0
+    layout = Layout(
+        position=torch.arange(N, device=x.device).repeat(2),
+        mask=who_sees_whom(side, block),
+        time_index=torch.where(side == TARGET, 1 + block, 0),
+    )
+    places = targets + (targets // N + 1) * N  # (T,): all noisy tokens, in the flattened rows
+
+    guess = torch.zeros_like(x)  # (B, 2 N, C)
+    if dit.config.self_condition and n_guess:
+        n = n_guess
+        with torch.no_grad():
+            first = places[: n * N]
+            output = dit(x[:n], segment[:n], t[:n], guess[:n], layout, places=first)
+            output = output.view(n, N, -1)
+            guess[:n, N:] = dit.estimate(output, z_t[:n], t_of[:n])
+        torch.clear_autocast_cache()  # see textldm.denoising_loss
+    output = dit(x, segment, t, guess, layout, places=places)  # (T, V) or (T, C)
+
+    def at_targets(x):
+        """(B, N, ...) -> (T, ...)"""
+        return x.flatten(0, 1).index_select(0, targets)
+
+    z_t, t_of = at_targets(z_t), at_targets(t_of)
+    loss = dit.error(output, at_targets(batch.tokens), at_targets(z_0), at_targets(noise.eps))
+    return loss, output, z_t, t_of
+
+
+def trained_weight(weight, block):
+    """weight (B, N), without the first block of rows from the middle of a text: it is no example of
+    how texts begin. block (N,)."""
+    begins_text = weight[:, :1] > 0  # (B, 1)
+    return weight * ((block > 0) | begins_text)
+
+
+def block_flow_loss(dit, batch, z_0, generator):
+    """textldm.flow_loss for rows in blocks. The first block is cut short at random: in sampling,
+    blocks are counted from the end of a prompt."""
+    B, N, C = z_0.shape
+    b, device = dit.config.latent_block, z_0.device
+    M = (N + b - 2) // b + 1
+    offset = torch.randint(b, (1,), generator=generator, device=device)
+    block = (torch.arange(N, device=device) + offset) // b  # (N,)
+    u = torch.rand(M + 1, B, generator=generator, device=device)
+    eps = torch.randn(z_0.shape, generator=generator, device=device)  # (B, N, C)
+    t = dit.times(u[:-1].T)  # (B, M)
+    is_dropped = u[-1] < dit.config.context_drop  # (B,)
+    context = z_0.masked_fill(is_dropped[:, None, None], 0)
+    noise = Noise(block, t, eps)
+    loss, _, _, _ = block_denoising_loss(dit, batch, z_0, context, noise, (B + 1) // 2)
+    weight = trained_weight(batch.weight, block).flatten()[batch.targets]  # (T,)
+    return weighted_mean(loss, weight)
+
+
+# ---- The sampler ---------------------------------------------------------------------------------
+
+
+class AtPlace:
+    """A DiT at one place of a text, as textldm.denoise calls it."""
+
+    def __init__(self, dit, layout):
+        self.dit, self.layout = dit, layout
+        self.times, self.estimate = dit.times, dit.estimate
+
+    def __call__(self, x, segment, t, guess, mask):
+        return self.dit(x, segment, t[:, None], guess, self.layout)
+
+
+class Texts:
+    """Texts that grow by a block at a time.
+
+    The VAE encodes the last tokens, the DiT takes the new ones into its history, and a block is
+    denoised and decoded. The history is of `window` tokens, so texts of any length take the same
+    memory.
+
+    unspecified: the oldest keys know of tokens that have left the window, which no row of training
+    has. After an end-of-text token the next block begins another document, with nothing before
+    it."""
+
+    def __init__(self, vae, dit, prompts, sampling):
+        self.vae, self.dit, self.sampling = vae, dit, sampling
+        self.b = dit.config.latent_block
+        self.window = dit.config.block_size - self.b
+        self.history = History(dit.config.n_layer, self.window)
+        self.is_guided = sampling.cfg_scale != 1
+        device = dit.from_latent.weight.device
+        P = min(self.window, max(len(prompt) for prompt in prompts))
+        tokens = torch.full((len(prompts), P), dit.config.end_of_text)
+        begin = torch.zeros(len(prompts), 1, dtype=torch.long)
+        for i, prompt in enumerate(prompts):
+            n = min(len(prompt), P)
+            tokens[i, P - n :] = torch.tensor(prompt[len(prompt) - n :], dtype=torch.long)
+            begin[i] = P - n
+        self.tokens = tokens.to(device)  # (B, L): the last ones
+        self.begin = begin.to(device)  # (B, 1): where the document of a row begins
+        self.end = P  # the position where the next block begins
+        self.new = P  # the number of tokens that are not in the history
+        self.generators = []
+        for i in range(len(prompts)):
+            self.generators.append(torch.Generator().manual_seed(sampling.seed + i))
+
+    def next_block(self):
+        """Writes a block. Returns its tokens (B, b)."""
+        L = self.tokens.shape[1]
+        position = torch.arange(self.end - L, self.end, device=self.tokens.device)  # (L,)
+        # The document of a row is one segment to the VAE, and what was before it is another.
+        in_document = position >= self.begin  # (B, L)
+        clean = self.vae.latents(self.tokens, in_document)  # (B, L, C)
+        if self.new:
+            self.read(clean, position, in_document)
+        z = self.denoise_block(in_document, clean.shape[-1])  # (B, b, C)
+
+        # The decoder reads the new latents behind those of the window.
+        clean = clean[:, -self.window :]
+        in_document = F.pad(in_document[:, -self.window :], (0, self.b), value=True)
+        decoded = self.vae.to_tokens(torch.cat((clean, z), dim=1), in_document)
+        written = decoded[:, -self.b :]  # (B, b)
+
+        self.tokens = torch.cat((self.tokens[:, -self.window :], written), dim=1)
+        self.end += self.b
+        self.new = self.b
+        goes_on = (written != self.dit.config.end_of_text).all(dim=1, keepdim=True)  # (B, 1)
+        self.begin = self.begin.where(goes_on, self.end)
+        return written
+
+    def read(self, clean, position, in_document):
+        """Takes the new clean latents into the history. For guidance rows B to 2 B of the history
+        are of zeros: a text without its context."""
+        new, device = self.new, clean.device
+        x = torch.cat((clean, torch.zeros_like(clean))) if self.is_guided else clean
+        x = x[:, -new:]  # (B or 2 B, new, C)
+        segment = torch.full_like(position, CONTEXT)
+        mask = who_sees_whom(segment, (position - self.end) // self.b)  # (L, L)
+        mask = (mask & same_segment(in_document))[:, :, -new:]  # (B, 1, new, L)
+        layout = Layout(
+            position=position[-new:],
+            mask=self.for_guidance(mask),
+            time_index=torch.zeros(new, dtype=torch.long, device=device),
+            history=self.history,
+            is_kept=True,
+        )
+        segment = torch.full(x.shape[:2], CONTEXT, device=device)
+        t = x.new_zeros(len(x), 1)  # clean
+        nothing = position[:0]  # no output is asked for
+        self.dit(x, segment, t, torch.zeros_like(x), layout, places=nothing)
+
+    def denoise_block(self, in_document, C):
+        """Noise -> the latents (B, b, C) of the next block."""
+        b, device = self.b, in_document.device
+        z = torch.stack([torch.randn(b, C, generator=g) for g in self.generators]).to(device)
+        in_document = F.pad(in_document[:, -self.window :], (0, b), value=True)
+        mask = same_segment(in_document)[:, :, -b:]  # (B, 1, b, window + b)
+        layout = Layout(
+            position=torch.arange(self.end, self.end + b, device=device),
+            mask=self.for_guidance(mask),
+            time_index=torch.zeros(b, dtype=torch.long, device=device),
+            history=self.history,
+        )
+        segment = torch.full(z.shape[:2], TARGET, device=device)
+        return denoise(AtPlace(self.dit, layout), z, segment, self.sampling)
+
+    def for_guidance(self, mask):
+        return mask.repeat(2, 1, 1, 1) if self.is_guided else mask
+
+
+@torch.no_grad()
+def continue_in_blocks(vae, dit, prompts, length=0, sampling=Sampling(), callback=None):
+    """Continues each prompt (a list of ids) by exactly `length` tokens, through one document after
+    another. With length 0 a text ends at its end-of-text token, or at the end of a row of
+    block_size.
+
+    callback(t, texts) sees after each block what is written, for good. Returns lists of ids."""
+    end_of_text, block_size = dit.config.end_of_text, dit.config.block_size
+    texts = [[] for _ in prompts]
+    rooms = [length or block_size - len(prompt) for prompt in prompts]
+
+    def is_done(i):
+        has_ended = not length and end_of_text in texts[i]
+        return has_ended or len(texts[i]) >= rooms[i]
+
+    growing = Texts(vae, dit, prompts, sampling)
+    while not all(is_done(i) for i in range(len(prompts))):
+        written = growing.next_block()  # (B, b)
+        blocks = texts_of(written, torch.full_like(written, TARGET), end_of_text)
+        for i, block in enumerate(blocks):
+            if not is_done(i):
+                texts[i] += block[: rooms[i] - len(texts[i])]
+        if callback is not None:
+            callback(0.0, texts)
+    return texts
+
+
+# ---- Training ------------------------------------------------------------------------------------
+
+
+class BlockEvaluation:
+    """Judges a ColaDiT on fixed validation rows with fixed noise: a table by time, and four
+    samples."""
+
+    def __init__(self, vae, batch, latent_block, corpus):
+        self.vae, self.batch, self.corpus = vae, batch, corpus
+        B, N = batch.tokens.shape
+        device = batch.tokens.device
+        generator = torch.Generator().manual_seed(0)
+        self.eps = torch.randn(B, N, vae.config.channels, generator=generator).to(device)
+        self.block = torch.arange(N, device=device) // latent_block  # (N,)
+        self.lengths = batch.counted.sum(1).tolist()
+        needed = [length - 1 for length in self.lengths]  # all of a text is context somewhere
+        self.others = rows_with_other_contexts(needed, self.lengths)
+
+    @torch.no_grad()
+    def __call__(self, dit):
+        vae, batch, block = self.vae, self.batch, self.block
+        B, N = batch.tokens.shape
+        M = int(block[-1]) + 1
+        z_0 = vae.latents(batch.tokens, batch.segment)  # (B, N, C)
+        z_other = vae.latents(batch.tokens[self.others], batch.segment)  # (B, N, C)
+
+        def denoise_at(t, is_shuffled):
+            context = z_other if is_shuffled else z_0
+            noise = Noise(block, t.expand(B, M), self.eps)
+            return block_denoising_loss(dit, batch, z_0, context, noise, n_guess=B)
+
+        counted = trained_weight(batch.counted, block)  # (B, N)
+        table = table_by_time(vae, dit, batch, counted, denoise_at)
+        prompts = []
+        for row, length in zip(batch.tokens[:4], self.lengths):
+            prompts.append(row[: length // 2].tolist()[: N // 2])
+        scale = 3.0 if dit.config.context_drop else 1.0
+        sampling = Sampling(steps=20, cfg_scale=scale, temperature=0.7)
+        texts = continue_in_blocks(vae, dit, prompts, 0, sampling)
+        lines = lines_of_table(table)
+        lines += lines_of_samples(self.corpus.encoding, self.corpus.eot, prompts, texts)
+        numbers = dict(loss=sum(row["loss"] for row in table) / len(table), table=table)
+        return numbers, "\n".join(lines)
+
+
+@dataclass
+class VAEStage:
+    teacher: str = option("", "frozen GPT for REPA (OUT/gpt.pt), or none")
+
+
+@dataclass
+class DiTStage:
+    vae: str = option("", "checkpoint of the causal VAE (OUT/vae.pt)")
+    from_decoder: bool = option(False, "blocks begin as the VAE decoder's, if of their width")
+
+
+def weight_of(batch):
+    return batch.weight.sum()
+
+
+def train_vae():
+    """As train_vae.py, with rows of one text and a causal VAE."""
+    config, cfg, stage = command_line(
+        __doc__, VAEConfig, TrainConfig, VAEStage, presets=VAE_PRESETS, recipe=OURS
+    )
+    corpus = BlockCorpus(cfg.data, "train", config.block_size)
+    val = BlockCorpus(cfg.data, "val", config.block_size)
+    device, autocast = pick_device(cfg.device, corpus.N)
+    identity = dict(corpus.identity, kind="causal_vae", teacher="none")
+    teacher = None
+    if stage.teacher != "none":
+        state = load_teacher_state(stage.teacher or f"{cfg.out}/gpt.pt", corpus)
+        teacher = build(GPT, TransformerConfig, state).to(device).requires_grad_(False)
+        corpus.N = val.N = min(corpus.N, teacher.config.block_size - 1)
+        weights = teacher.wte.weight.cpu().numpy().tobytes()
+        identity["teacher"] = hashlib.sha256(weights).hexdigest()
+    config.block_size = corpus.N
+    config.vocab_size = corpus.meta["vocab_size"]
+    training_sample = corpus.fixed_batches(16, device)
+    if teacher is not None:
+        with autocast:
+            mean, std = feature_statistics(teacher, training_sample)
+        config.teacher_embd = len(mean)
+    torch.manual_seed(cfg.seed)
+    vae = CausalVAE(config).to(device)
+    if teacher is not None:
+        vae.teacher_mean, vae.teacher_std = mean, std
+    if cfg.recompute:
+        recompute_blocks(vae, Block)
+    val_batches = val.fixed_batches(4, device)
+
+    def features_of(batch):
+        if teacher is None:
+            return None
+        return teacher_features(teacher, batch.tokens)
+
+    optimizers = make_optimizers(vae, Block, cfg, pick_dtype(device))
+    run = Run("vae", cfg, vae, vae, optimizers, identity)
+    for step in run.steps():
+        learning_rate = run.learning_rate(step)
+        beta = config.beta * min(step / max(config.beta_warmup, 1), 1)
+        for batch, share, generator in run.micro_batches(corpus, weight_of):
+            with run.autocast:
+                losses = run.net(batch, features_of(batch), beta, generator)
+            (losses["loss"] * share).backward()
+            run.add(losses, share)
+        run.sum_gradients()  # of all processes
+        norm = nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        run.require_finite(norm)
+        for optimizer in optimizers:
+            set_learning_rate(optimizer, learning_rate)
+            optimizer.step()
+            optimizer.zero_grad()
+        run.end_step(norm, learning_rate)
+        if run.is_time_to_evaluate():
+            with run.autocast:
+                numbers, text = evaluate_vae(vae, val_batches, features_of, training_sample)
+            tqdm.write(text)
+            run.keep_if_best(numbers)
+
+
+def train_dit():
+    """As train_dit.py, with rows of one text in blocks."""
+    config, cfg, stage = command_line(
+        __doc__, ColaConfig, TrainConfig, DiTStage, presets=DIT_PRESETS, recipe=OURS
+    )
+    corpus = BlockCorpus(cfg.data, "train", config.block_size)
+    val = BlockCorpus(cfg.data, "val", config.block_size)
+    if cfg.recompute:
+        raise UserError("--recompute is for TextLDM and LDLM; lower --batch_size instead")
+    device, autocast = pick_device(cfg.device, corpus.N)
+    path = stage.vae or f"{cfg.out}/vae.pt"
+    remedy = "python variants/cola_dlm.py vae makes one"
+    state = load_checkpoint(path, "causal_vae", remedy, corpus.tokenizer)
+    vae = build(CausalVAE, VAEConfig, state).to(device).requires_grad_(False)
+    corpus.N = val.N = min(corpus.N, vae.config.block_size)
+    config.block_size = corpus.N
+    config.vocab_size = corpus.meta["vocab_size"]
+    config.channels = vae.config.channels
+    if 2 * config.latent_block > config.block_size:
+        raise UserError(
+            f"--latent_block={config.latent_block} is more than half of a row of "
+            f"{config.block_size} tokens; lower it"
+        )
+    torch.manual_seed(cfg.seed)
+    dit = ColaDiT(config).to(device)
+    if config.predict_tokens:
+        dit.latent_of, unexplained = mean_latents(vae, corpus.fixed_batches(64, device))
+        print(f"a token fixes its latent but for {unexplained:.1%} of its variance")
+    is_same_width = (config.n_embd, config.n_head) == (vae.config.n_embd, vae.config.n_head)
+    if stage.from_decoder and is_same_width:
+        copy_blocks(vae.decoder.h, dit.transformer.h)
+    average = copy.deepcopy(dit).requires_grad_(False)
+    evaluate = BlockEvaluation(vae, val.fixed_batches(1, device)[0], config.latent_block, corpus)
+
+    optimizers = make_optimizers(dit, Block, cfg, pick_dtype(device))
+    identity = dict(corpus.identity, kind="cola_dlm", vae=vae.z_mean.tolist())
+    run = Run("dit", cfg, dit, average, optimizers, identity)
+    for step in run.steps():
+        learning_rate = run.learning_rate(step)
+        for batch, share, generator in run.micro_batches(corpus, weight_of):
+            with run.autocast:
+                z_0 = vae.latents(batch.tokens, batch.segment)
+                loss = block_flow_loss(run.net, batch, z_0, generator)
+            (loss * share).backward()
+            run.add(dict(loss=loss), share)
+        run.sum_gradients()  # of all processes
+        norm = nn.utils.clip_grad_norm_(dit.parameters(), 1.0)
+        run.require_finite(norm)
+        for optimizer in optimizers:
+            set_learning_rate(optimizer, learning_rate)
+            optimizer.step()
+            optimizer.zero_grad()
+        decay = min(0.999, (2 + step) / (11 + step))
+        update_average(average, dit, decay)
+        run.end_step(norm, learning_rate)
+        if run.is_time_to_evaluate():
+            with run.autocast:
+                numbers, text = evaluate(average)
+            tqdm.write(text)
+            run.keep_if_best(numbers)
+
+
+def main():
+    stages = dict(vae=train_vae, dit=train_dit)
+    if sys.argv[1:] in (["--help"], ["-h"]):
+        print(__doc__ + "\nOptions: cola_dlm.py vae --help, cola_dlm.py dit --help")
+        return
+    if len(sys.argv) < 2 or sys.argv[1] not in stages:
+        raise UserError("name the stage: python variants/cola_dlm.py vae, or dit (then --help)")
+    stages[sys.argv.pop(1)]()
+
+
+if __name__ == "__main__":
+    run_script(main)
