@@ -10,6 +10,9 @@ import torch
 from engine.config import UserError, make_config
 from engine.corpus import BROKEN
 
+# What load_gpt_state downloads.
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+
 
 def write_whole(path, content):
     """Writes a text, or a dict as a checkpoint, to a file beside path and renames it. Whatever
@@ -105,7 +108,7 @@ def load_gpt_state(source):
     source: gpt2, gpt2-medium, gpt2-large or gpt2-xl (downloaded into torch.hub's cache); a file or
     folder in Hugging Face's layout; or a checkpoint of baselines/gpt.py."""
     path = Path(source)
-    if source in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
+    if source in GPT2_NAMES:
         path = download_gpt2(source)
     elif path.is_dir():
         path = path / "model.safetensors"

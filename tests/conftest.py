@@ -1,7 +1,10 @@
+import os
 import signal
 
 import pytest
 import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers, which reads it once
 
 from tests.helpers import DOCUMENTS, script, train, write_jsonl
 

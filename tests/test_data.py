@@ -280,6 +280,25 @@ def test_rows_are_cut_anywhere(rows):
     assert inside_tokens > 30
 
 
+def test_a_cut_is_moved_into_a_word(home):
+    corpus = Corpus(home / "data", "train", 64)
+    decode = corpus.encoding.decode
+    rng = np.random.default_rng(0)
+    moved = 0
+    for document in documents_of(corpus):
+        row = document.tolist()
+        for cut in range(1, len(row) - 1):
+            new_row, new_cut = corpus.cut_word(rng, row, cut)
+            assert decode(new_row) == decode(row)
+            if new_row == row and new_cut == cut:
+                continue  # the token is one character, or a part of one
+            moved += 1
+            before, through = decode(row[:cut]), decode(row[: cut + 1])
+            assert len(before) < len(decode(new_row[:new_cut])) < len(through)
+            assert through.startswith(decode(new_row[:new_cut]))
+    assert moved > 500
+
+
 def test_words_are_left_whole_where_asked(home):
     corpus = Corpus(home / "data", "train", 64, cut_words=False)
     documents = {tuple(d.tolist()) for d in documents_of(corpus)}

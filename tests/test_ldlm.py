@@ -361,7 +361,7 @@ def test_the_latest_checkpoint_is_kept_though_its_loss_is_higher(home, tmp_path,
     losses = iter([1.0, 2.0])
 
     def evaluate(self, vae, dit):
-        return dict(loss=next(losses))
+        return dict(loss=next(losses)), "a text"
 
     monkeypatch.setattr(Evaluation, "__call__", evaluate)
     train_ldlm(home, tmp_path)

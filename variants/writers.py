@@ -5,7 +5,7 @@ from typing import Callable, NamedTuple
 
 from baselines.gpt import generate
 from baselines.masked import MaskedLM, unmask
-from engine.checkpoint import build, load_checkpoint, load_gpt_state
+from engine.checkpoint import GPT2_NAMES, build, load_checkpoint, load_gpt_state
 from engine.config import UserError
 from textldm import GPT, DiTConfig, TextDiT, TextVAE, TransformerConfig, VAEConfig, continue_texts
 from variants.cola_dlm import CausalVAE, ColaConfig, ColaDiT, continue_in_blocks
@@ -29,8 +29,7 @@ class Writer(NamedTuple):
 def load_writer(path, vae_path, device):
     """The Writer of the checkpoint at path. vae_path: the checkpoint of the VAE, for the kinds that
     have one. Raises UserError."""
-    is_pretrained = str(path).startswith("gpt2") or Path(path).is_dir()
-    if is_pretrained:  # in Hugging Face's layout
+    if path in GPT2_NAMES or Path(path).is_dir():  # in Hugging Face's layout
         return gpt_writer(load_gpt_state(path), device)
     state = load_checkpoint(path, KINDS, "the training scripts make one")
     kind = state.get("kind", "gpt")
