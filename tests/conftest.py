@@ -14,10 +14,9 @@ def alone():
     """Each test draws the same numbers, whichever ran before it. Training takes over Ctrl-C and
     SIGTERM; a test gives them back."""
     torch.manual_seed(0)
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     yield
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
-"""Rules for the files themselves: the length of lines, who imports whom, and parameters."""
+"""Rules for the files themselves: lines, imports, parameters, and the links between pages."""
 
 import ast
+import re
 import subprocess
 
 import pytest
@@ -201,3 +202,30 @@ def test_no_lambda_has_a_name(path):
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Assign):
             assert not isinstance(node.value, ast.Lambda), f"{name_of(path)}:{node.lineno}"
+
+
+PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 1900
+
+
+def anchor_of(heading):
+    """GitHub's name of a heading's anchor."""
+    kept = [c for c in heading.strip().lower() if c.isalnum() or c in "-_ "]
+    return "".join(kept).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_between_pages_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"(?m)^#+ (.*)$", path.read_text())
+            assert anchor in [anchor_of(heading) for heading in headings], target
