@@ -102,10 +102,7 @@ def main():
             set_learning_rate(optimizer, learning_rate)
             optimizer.step()
             optimizer.zero_grad()
-        # unspecified: with a decay of 0.999 from the start the average of a short run would be half
-        # initialisation.
-        decay = min(0.999, (2 + step) / (11 + step))
-        update_average(average, dit, decay)
+        update_average(average, dit, step)
         run.end_step(norm, learning_rate)
         if run.is_time_to_evaluate():
             with run.autocast:

@@ -39,7 +39,7 @@ def generate(gpt, prompts, length, temperature=1.0, top_p=1.0, seed=0):
 
     length: tokens to write at most; 0: what a row leaves. temperature 0 is greedy. top_p keeps the
     likeliest tokens that together have that probability. Returns lists of ids."""
-    eot, block, device = gpt.config.end_of_text, gpt.config.block_size, gpt.wte.weight.device
+    eot, block = gpt.config.end_of_text, gpt.config.block_size
     rows = [[eot, *prompt] for prompt in prompts]
     ends = [len(row) + length if length else block for row in rows]
     # The numbers that choose a row's tokens are its own, whatever its neighbours.

@@ -114,11 +114,15 @@ def load_gpt_state(source):
         path = path / "model.safetensors"
         if not path.exists():
             path = path.with_name("pytorch_model.bin")
-    state = load_checkpoint(path, "gpt", "python baselines/gpt.py makes one")
+    return as_gpt_state(load_checkpoint(path, "gpt", "python baselines/gpt.py makes one"), path)
+
+
+def as_gpt_state(state, path):
+    """A loaded checkpoint of a GPT, or a state dict of Hugging Face's, as a checkpoint of ours."""
     if "kind" in state:
         return state
     try:
-        return from_hugging_face(state, path.with_name("config.json"))
+        return from_hugging_face(state, Path(path).with_name("config.json"))
     except BROKEN as e:
         reason = f"{type(e).__name__}: {str(e)[:60]}"
         raise UserError(f"{path} is no GPT-2 in Hugging Face's layout ({reason})") from None

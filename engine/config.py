@@ -5,9 +5,8 @@ of the command line, with its help text, its default and its range.
 """
 
 import argparse
-import math
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist

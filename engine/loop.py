@@ -64,8 +64,12 @@ def set_learning_rate(optimizer, learning_rate):
 
 
 @torch.no_grad()
-def update_average(average, model, decay):
-    """Moves the average of a model's weights (and buffers) towards the model."""
+def update_average(average, model, step):
+    """Moves the average of a model's weights (and buffers) towards the model, after step (from 0).
+
+    unspecified: the decay grows to 0.999. With 0.999 from the start the average of a short run
+    would be half initialisation."""
+    decay = min(0.999, (2 + step) / (11 + step))
     for a, p in zip(average.state_dict().values(), model.state_dict().values()):
         a.lerp_(p, 1 - decay)
 

@@ -594,8 +594,7 @@ def train_dit():
             set_learning_rate(optimizer, learning_rate)
             optimizer.step()
             optimizer.zero_grad()
-        decay = min(0.999, (2 + step) / (11 + step))
-        update_average(average, dit, decay)
+        update_average(average, dit, step)
         run.end_step(norm, learning_rate)
         if run.is_time_to_evaluate():
             with run.autocast:

@@ -5,7 +5,7 @@ from typing import Callable, NamedTuple
 
 from baselines.gpt import generate
 from baselines.masked import MaskedLM, unmask
-from engine.checkpoint import GPT2_NAMES, build, load_checkpoint, load_gpt_state
+from engine.checkpoint import GPT2_NAMES, as_gpt_state, build, load_checkpoint, load_gpt_state
 from engine.config import UserError
 from textldm import GPT, DiTConfig, TextDiT, TextVAE, TransformerConfig, VAEConfig, continue_texts
 from variants.cola_dlm import CausalVAE, ColaConfig, ColaDiT, continue_in_blocks
@@ -34,7 +34,7 @@ def load_writer(path, vae_path, device):
     state = load_checkpoint(path, KINDS, "the training scripts make one")
     kind = state.get("kind", "gpt")
     if kind == "gpt":
-        return gpt_writer(load_gpt_state(path), device)
+        return gpt_writer(as_gpt_state(state, path), device)
     if kind == "masked":
         return masked_writer(state, device)
     if kind == "ldlm":
