@@ -10,7 +10,6 @@
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +17,11 @@ import torch
 from tqdm import tqdm
 
 from engine.checkpoint import write_whole
-from engine.config import UserError, command_line, run_script
+from engine.config import command_line
 from engine.corpus import load_encoding
 from engine.lines import fit, read_lines
 from engine.loop import pick_device
+from engine.script import UserError, run_script
 from textldm import Sampling, option
 from variants.writers import load_writer
 
@@ -87,8 +87,6 @@ class Printer:
 
 def main():
     (options,) = command_line(__doc__, SampleConfig)
-    # A prompt, or half a character at the end of a text, may not be printable.
-    sys.stdout.reconfigure(errors="replace")
     device, autocast = pick_device(options.device)
     path = options.model or f"{options.out}/dit.pt"
     writer = load_writer(path, options.vae or f"{options.out}/vae.pt", device)

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 
 from engine.checkpoint import build, copy_blocks, load_checkpoint
-from engine.config import DIT_PRESETS, TrainConfig, command_line, run_script
+from engine.config import DIT_PRESETS, TrainConfig, command_line
 from engine.corpus import Corpus
 from engine.evaluation import Evaluation
 from engine.loop import (
@@ -32,6 +31,7 @@ from engine.loop import (
     update_average,
 )
 from engine.muon import make_optimizers
+from engine.script import run_script
 from engine.statistics import mean_latents
 from textldm import (
     OURS,
@@ -87,7 +87,7 @@ def main():
     # z_mean tells this VAE from others: sample.py checks that it has the same.
     identity = dict(corpus.identity, kind="dit", vae=vae.z_mean.tolist())
     run = Run("dit", cfg, dit, average, optimizers, identity)
-    for step in run.steps():
+    for step in run.steps(lambda: evaluate(vae, average)):
         learning_rate = run.learning_rate(step)
         for batch, share, generator in run.micro_batches(corpus, weight_of):
             with run.autocast:
@@ -104,11 +104,6 @@ def main():
             optimizer.zero_grad()
         update_average(average, dit, step)
         run.end_step(norm, learning_rate)
-        if run.is_time_to_evaluate():
-            with run.autocast:
-                numbers, text = evaluate(vae, average)
-            tqdm.write(text)
-            run.keep_if_best(numbers)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 
 from engine.checkpoint import build, load_teacher_state
-from engine.config import VAE_PRESETS, TrainConfig, command_line, run_script
+from engine.config import VAE_PRESETS, TrainConfig, command_line
 from engine.corpus import Corpus
 from engine.evaluation import evaluate_vae
 from engine.loop import Run, pick_device, pick_dtype, recompute_blocks, set_learning_rate
 from engine.muon import make_optimizers
+from engine.script import run_script
 from engine.statistics import feature_statistics
 from textldm import (
     GPT,
@@ -82,7 +82,7 @@ def main():
 
     optimizers = make_optimizers(vae, Block, cfg, pick_dtype(device))
     run = Run("vae", cfg, vae, vae, optimizers, identity)
-    for step in run.steps():
+    for step in run.steps(lambda: evaluate_vae(vae, val_batches, features_of, training_sample)):
         learning_rate = run.learning_rate(step)
         beta = config.beta * min(step / max(config.beta_warmup, 1), 1)
         for batch, share, generator in run.micro_batches(corpus, weight_of):
@@ -98,11 +98,6 @@ def main():
             optimizer.step()
             optimizer.zero_grad()
         run.end_step(norm, learning_rate)
-        if run.is_time_to_evaluate():
-            with run.autocast:
-                numbers, text = evaluate_vae(vae, val_batches, features_of, training_sample)
-            tqdm.write(text)
-            run.keep_if_best(numbers)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from engine.config import PAPER_SCHEDULE, TINY, TrainConfig, command_line, run_script
+from engine.config import PAPER_SCHEDULE, TINY, TrainConfig, command_line
 from engine.corpus import Corpus
 from engine.evaluation import lines_of_samples
 from engine.loop import Run, pick_device, pick_dtype, recompute_blocks, set_learning_rate
 from engine.muon import make_optimizers
+from engine.script import run_script
 from textldm import CONTEXT, GPT, OURS, Block, TransformerConfig, cross_entropy, weighted_mean
 
 # The time of all three stages of README's first command, over the time of this one. Measured.
@@ -124,7 +124,7 @@ def main():
     run = Run("gpt", cfg, gpt, gpt, optimizers, dict(corpus.identity, kind="gpt"))
     if is_first_command:
         run.whole_over_this = FIRST_COMMAND
-    for step in run.steps():
+    for step in run.steps(lambda: evaluate(gpt, val_batches, corpus)):
         learning_rate = run.learning_rate(step)
         for batch, share, _ in run.micro_batches(corpus, weight_of):
             with run.autocast:
@@ -139,11 +139,6 @@ def main():
             optimizer.step()
             optimizer.zero_grad()
         run.end_step(norm, learning_rate)
-        if run.is_time_to_evaluate():
-            with run.autocast:
-                numbers, text = evaluate(gpt, val_batches, corpus)
-            tqdm.write(text)
-            run.keep_if_best(numbers)
 
 
 if __name__ == "__main__":

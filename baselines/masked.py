@@ -14,10 +14,9 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from engine.config import DIT_PRESETS, TrainConfig, command_line, run_script
+from engine.config import DIT_PRESETS, TrainConfig, command_line
 from engine.corpus import Corpus
 from engine.loop import (
     Run,
@@ -28,6 +27,7 @@ from engine.loop import (
     update_average,
 )
 from engine.muon import make_optimizers
+from engine.script import run_script
 from textldm import (
     OURS,
     PADDING,
@@ -131,7 +131,7 @@ def main():
 
     optimizers = make_optimizers(model, Block, cfg, pick_dtype(device))
     run = Run("masked", cfg, model, average, optimizers, dict(corpus.identity, kind="masked"))
-    for step in run.steps():
+    for step in run.steps(lambda: evaluate(average, val_batches)):
         learning_rate = run.learning_rate(step)
         for batch, share, generator in run.micro_batches(corpus, weight_of):
             with run.autocast:
@@ -147,11 +147,6 @@ def main():
             optimizer.zero_grad()
         update_average(average, model, step)
         run.end_step(norm, learning_rate)
-        if run.is_time_to_evaluate():
-            with run.autocast:
-                numbers, text = evaluate(average, val_batches)
-            tqdm.write(text)
-            run.keep_if_best(numbers)
 
 
 if __name__ == "__main__":

@@ -61,10 +61,11 @@ from bench.metrics import (
 from bench.report import commit, machine, report_of
 from bench.systems import References, make_system
 from engine.checkpoint import build, load_gpt_state, write_whole
-from engine.config import UserError, command_line, run_script
+from engine.config import command_line
 from engine.corpus import Corpus
 from engine.lines import fit, read_lines
 from engine.loop import pick_device
+from engine.script import UserError, run_script
 from textldm import GPT, TransformerConfig, option
 
 

@@ -1,7 +1,7 @@
 """Breaks training and its files on purpose, and counts how many faults do no harm. All should.
 
     python bench/faults.py kill     # SIGKILL at random moments, often while a checkpoint is written
-    python bench/faults.py term     # SIGTERM at random moments
+    python bench/faults.py term     # SIGTERM at random moments, often in an evaluation
     python bench/faults.py disk     # a disk that is full at a random checkpoint
     python bench/faults.py fuzz     # truncated, flipped and edited files: checkpoints and corpora
     python bench/faults.py kill --stages=cola_vae,cola_dit,ldlm      # the variants
@@ -23,6 +23,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -35,7 +36,7 @@ import torch
 
 import engine.loop
 from engine.checkpoint import load_checkpoint
-from engine.config import run_script
+from engine.script import run_script
 
 SMALL = [
     "--n_layer=1",
@@ -201,30 +202,36 @@ def differences(home, stage, out):
 class Fault:
     """One fault: how it is prepared in the process of the run, and how it strikes.
 
-    mode: kill, term or disk. in_write: whether it strikes while a checkpoint is written. last: the
-    checkpoint to resume. seconds: how long an undisturbed run takes."""
+    mode: kill, term or disk. where: in a write, in an evaluation, or anywhere. last: the checkpoint
+    to resume. seconds: how long an undisturbed run takes."""
 
-    def __init__(self, mode, in_write, last, seconds, rng):
+    def __init__(self, mode, where, last, seconds, rng):
         self.mode = mode
-        self.in_write = in_write
+        self.in_write = where == "write"
+        self.in_evaluation = where == "evaluation"
         self.out = last.parent
         self.last = last
         self.hit_a_write = False
         # Drawn here, because a forked process has a copy of rng.
-        self.delay = rng.uniform(0, (0.5 if in_write else 0.8) * seconds)
-        self.failing_write = rng.randrange(2, 9)
+        self.delay = rng.uniform(0, (0.5 if self.in_write else 0.8) * seconds)
+        self.evaluation = rng.randrange(1, 7)
+        self.delay_in_evaluation = rng.uniform(0, 0.02)
+        self.failing_write = rng.randrange(2, 14)
         self.room = rng.randrange(1000, 100_000)
 
     def prepare(self):
         if self.in_write:
             slow_down_disk()
+        if self.in_evaluation:
+            number = FAULT_SIGNALS[self.mode]
+            strike_evaluation(self.evaluation, self.delay_in_evaluation, number)
         if self.mode == "disk":
             fill_disk(self.failing_write, self.room)
 
     def strike(self, pid):
         """Sends the signal, if the fault is one, at a random moment after the first checkpoint."""
-        if self.mode == "disk":
-            return
+        if self.mode == "disk" or self.in_evaluation:
+            return  # the process of the run strikes itself
         while not self.last.exists() and is_running(pid):
             time.sleep(0.001)
         time.sleep(self.delay)
@@ -256,6 +263,24 @@ def slow_down_disk():
     os.fsync = slow_fsync
 
 
+def strike_evaluation(evaluation, delay, number):
+    """Sends a signal in this evaluation of a run, counted from 1, after some seconds."""
+    steps = engine.loop.Run.steps
+    left = evaluation
+
+    def steps_and_strike(self, evaluate, keep_latest=False):
+        def evaluate_and_strike():
+            nonlocal left
+            left -= 1
+            if left == 0:
+                threading.Timer(delay, os.kill, (os.getpid(), number)).start()
+            return evaluate()
+
+        return steps(self, evaluate_and_strike, keep_latest)
+
+    engine.loop.Run.steps = steps_and_strike
+
+
 def fill_disk(failing_write, room):
     """Lets no file of more than `room` bytes be written in this write of a run, counted from 1."""
     write_whole = engine.loop.write_whole
@@ -280,9 +305,13 @@ def break_runs(home, mode, stages, trials, rng):
     for stage in stages:
         good, writing, hits = 0, 0, 0
         while hits < trials:
-            in_write = mode == "kill" and hits % 3 == 0
+            where = "anywhere"
+            if mode == "kill" and hits % 3 == 0:
+                where = "write"
+            elif mode != "disk" and hits % 3 == 1:
+                where = "evaluation"
             last = home / "trial" / f"{STAGES[stage].name}_last.pt"
-            fault = Fault(mode, in_write, last, seconds[stage], rng)
+            fault = Fault(mode, where, last, seconds[stage], rng)
             wrong = break_run(home, stage, fault)
             if wrong is None:
                 continue

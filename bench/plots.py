@@ -29,9 +29,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench.metrics import curves_of, running
 from engine.checkpoint import build, load_checkpoint
-from engine.config import UserError, command_line, run_script
+from engine.config import command_line
 from engine.corpus import Corpus
 from engine.loop import pick_device
+from engine.script import UserError, run_script
 from textldm import TextVAE, VAEConfig, option
 from variants.cola_dlm import CausalVAE
 

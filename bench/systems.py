@@ -10,9 +10,9 @@ import numpy as np
 
 from baselines.gpt import generate
 from engine.checkpoint import build, load_checkpoint, load_gpt_state
-from engine.config import UserError
 from engine.corpus import Corpus
 from engine.lines import read_lines
+from engine.script import UserError
 from textldm import GPT, Sampling, TransformerConfig
 from variants.writers import load_writer
 

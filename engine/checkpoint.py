@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from engine.config import UserError, make_config
+from engine.config import make_config
 from engine.corpus import BROKEN
+from engine.script import UserError
 
 # What load_gpt_state downloads.
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -16,22 +17,28 @@ GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 def write_whole(path, content):
     """Writes a text, or a dict as a checkpoint, to a file beside path and renames it. Whatever
-    happens, path is whole: with this content or with what it had. Raises UserError."""
-    beside = Path(f"{path}.tmp")
+    happens, path is whole: with this content or with what it had. A link stays, and the file that
+    it leads to is written. What is no file (a device, a pipe) is written to. Raises UserError."""
+    is_file = Path(path).is_file() or not Path(path).exists()
+    target = os.path.realpath(path) if is_file else path
+    beside = Path(f"{target}.tmp") if is_file else Path(target)
     try:
         with open(beside, "wb") as f:
             if isinstance(content, str):
                 f.write(content.encode("utf-8", "replace"))
             else:
                 torch.save(content, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
+            if is_file:
+                f.flush()
+                os.fsync(f.fileno())
+        if is_file:
+            os.replace(beside, target)
     except (OSError, RuntimeError) as e:
-        beside.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path} ({str(e)[:80]}); what was there is as it was"
-        ) from None
+        text = f"cannot write {path} ({str(e)[:80]})"
+        if is_file:
+            beside.unlink(missing_ok=True)
+            text += "; what was there is as it was"
+        raise UserError(text) from None
 
 
 def read_tensors(path):

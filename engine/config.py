@@ -1,21 +1,18 @@
-"""Options: dataclasses of them, the command line, and errors that a user can mend.
+"""Options: dataclasses of them, and the command line.
 
 A config is a dataclass whose fields are made by `textldm.option`. Each such field becomes an option
 of the command line, with its help text, its default and its range.
 """
 
 import argparse
-import sys
+import os
 from dataclasses import dataclass, fields
 
-import torch
-import torch.distributed as dist
-
+from engine.script import UserError
 from textldm import option
 
-
-class UserError(Exception):
-    """Something that the user can mend. Scripts print its one sentence and exit with code 2."""
+# Options that are paths. A shell leaves the ~ of --out=~/x as it is.
+PATHS = ("data", "out", "vae", "teacher", "model", "prompts", "output")
 
 
 @dataclass
@@ -25,6 +22,7 @@ class TrainConfig:
     data: str = option("data/names", "folder of a prepared corpus")
     out: str = option("out", "folder for checkpoints and metrics")
     resume: bool = option(False, "go on from the last checkpoint in --out")
+    overwrite: bool = option(False, "replace the checkpoints in --out by a new run's")
     seed: int = option(1, "seed of everything random", 0, 2**31)
     batch_size: int = option(192, "rows in a micro-batch", 1)
     accumulate: int = option(1, "micro-batches in a step", 1)
@@ -139,27 +137,11 @@ def command_line(description, *config_types, presets=None, recipe=None):
         values.update(recipe)
     values.update(presets[given.pop("preset", "tiny")])
     values.update(given)
+    for name in PATHS:
+        if name in values:
+            values[name] = os.path.expanduser(values[name])
     configs = []
     for t in config_types:
         names = {f.name for f in fields(t)}
         configs.append(make_config(t, {k: v for k, v in values.items() if k in names}))
     return configs
-
-
-def run_script(main):
-    """Runs a script's main. What the user can mend becomes one line and exit code 2."""
-    code = 0
-    message = ""
-    try:
-        main()
-    except (UserError, OSError, torch.OutOfMemoryError) as e:
-        code, message = 2, f"error: {e}\n"
-    except KeyboardInterrupt:
-        code, message = 2, "error: stopped\n"
-    except SystemExit as e:
-        code = e.code
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    sys.stderr.write(message)  # after the progress bars have ended
-    if code:
-        sys.exit(code)

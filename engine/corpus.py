@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 import torch
+from tqdm import tqdm
 
-from engine.config import UserError
+from engine.script import UserError
 from textldm import CONTEXT, TAIL_WEIGHT, TARGET, Batch, make_batch
 
 # How GPT-2 cuts text into words before it merges bytes (its published pattern). Our own BPEs do the
@@ -95,6 +96,11 @@ class Corpus:
         self.meta = dict(NANOGPT)
         if self.path.with_name("meta.json").exists():
             self.meta = json.loads(self.path.with_name("meta.json").read_text())
+        elif self.path.with_name("meta.pkl").exists():
+            raise UserError(
+                f"{self.path.parent} is a folder of nanoGPT's with a vocabulary of its own "
+                "(meta.pkl); make a corpus of its text with data/prepare.py"
+            )
         self.eot = self.meta["eot"]
         self.tokenizer = {}
         for key in ("encoding", "vocab_size", "eot", "bpe"):
@@ -185,7 +191,7 @@ class Corpus:
         compare."""
         B = max(1, min(256, 2**14 // self.N))
         batches = []
-        for i in range(n):
+        for i in tqdm(range(n), desc="rows", delay=2, leave=False):
             batch = self.batch(np.random.default_rng((0, i)), B, self.N)
             batches.append(to_device(batch, device))
         return batches

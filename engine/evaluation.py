@@ -1,6 +1,7 @@
 """What training scripts compute and print of validation rows."""
 
 import torch
+from tqdm import tqdm
 
 from textldm import (
     CONTEXT,
@@ -17,7 +18,7 @@ def evaluate_vae(vae, batches, features_of, training_sample):
     validation batches, and a line of text. features_of(batch): the teacher's features, or None."""
     active = vae.standardise(training_sample)
     mean = {}
-    for batch in batches:
+    for batch in tqdm(batches, desc="evaluate", delay=2, leave=False):
         for name, value in vae(batch, features_of(batch), vae.config.beta).items():
             mean[name] = mean.get(name, 0) + value.item() / len(batches)
     text = (
@@ -108,7 +109,8 @@ def table_by_time(space, dit, batch, counted, denoise):
         return mean(is_right.flatten()[batch.targets])
 
     table = []
-    for t in torch.arange(1, 10, device=z_0.device) / 10:
+    times = torch.arange(1, 10, device=z_0.device) / 10
+    for t in tqdm(times, desc="evaluate", delay=2, leave=False):
         loss, output, z_t, t_of = denoise(t, is_shuffled=False)
         shuffled, _, _, _ = denoise(t, is_shuffled=True)
         row = dict(t=round(t.item(), 1), loss=mean(loss), shuffled=mean(shuffled))

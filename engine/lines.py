@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from engine.config import UserError
+from engine.script import UserError
 
 
 def read_lines(path, wanted, option=""):

@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from engine.checkpoint import load_checkpoint, write_whole
-from engine.config import UserError
 from engine.corpus import BROKEN, to_device
+from engine.script import UserError, lock
 
 
 def pick_device(name, longest_row=64):
@@ -87,6 +87,10 @@ def recompute_blocks(model, block_type):
             block.forward = again
 
 
+class Stopped(BaseException):
+    """A signal came during an evaluation. As KeyboardInterrupt it is no error."""
+
+
 def minutes(seconds):
     if seconds < 90:
         return f"{seconds:.0f} seconds"
@@ -103,7 +107,7 @@ class Run:
     computes.
 
     Writes OUT/NAME.pt (the model to use), OUT/NAME_last.pt (to resume) and OUT/NAME.jsonl
-    (metrics).
+    (metrics). Does not replace those of another run without --overwrite.
 
     net         the model, compiled if cfg.compile
     average     the model that is evaluated and kept: an average of the weights, or the model itself
@@ -134,14 +138,23 @@ class Run:
             self.parts[type(optimizer).__name__] = optimizer
         self.step = 0
         self.best = math.inf
+        self.kept_step = 0  # of NAME.pt
+        self.lines = 0  # of metrics
         self.horizon = cfg.max_steps  # where the learning rate ends
         self.whole_over_this = 0  # the time of a longer program over this run's; 0 is unknown
         self.signals = []
+        self.is_due = False  # whether an evaluation of this step has still to come
+        self.is_evaluating = False
         self.ahead = None
         self.report = {}
         self.out.mkdir(parents=True, exist_ok=True)
+        if self.rank == 0:
+            lock(self.out)
         if cfg.resume:
             self.resume()
+        elif not cfg.overwrite:
+            self.spare_older_run()
+        self.sum_of_all(torch.zeros(1))  # no process writes before each has looked
         self.introduce()
 
     # ---- several processes
@@ -172,11 +185,16 @@ class Run:
 
     # ---- the steps
 
-    def steps(self):
+    def steps(self, evaluate, keep_latest=False):
         """Yields the number of each step, from the one to resume from, until cfg.max_steps or a
-        signal. SIGTERM and Ctrl-C let the step finish, and the run is saved."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
+        signal. Evaluates after every cfg.eval_interval steps, and after the last.
+
+        evaluate() returns a dict of numbers of validation data, with `loss`, and a text to show.
+        NAME.pt is the best model by this loss, or the latest.
+
+        SIGTERM, SIGHUP and Ctrl-C let a step finish, and the run is saved. They end an evaluation
+        at once: it comes again after --resume."""
+        self.catch_signals()
         if not self.cfg.resume:
             self.save()  # from here on there is this run to resume, and no older one
         bar = tqdm(
@@ -188,23 +206,51 @@ class Run:
         )
         path = self.metrics if self.rank == 0 else os.devnull
         self.first = self.step
+        self.has_work = self.is_due or self.step < self.cfg.max_steps
         with open(path, "a" if self.cfg.resume else "w") as self.log, bar as self.bar:
+            self.evaluate_if_due(evaluate, keep_latest)
             while self.step < self.cfg.max_steps:
                 # A signal to any process stops all of them after the same step.
                 if self.sum_of_all(torch.tensor(len(self.signals))):
-                    self.save()
+                    if not self.is_due:  # else it is saved, and its evaluation was not whole
+                        self.save()
                     break
                 yield self.step
-        if self.step < self.cfg.max_steps:
-            sys.exit(
-                f"{self.name}: stopped after step {self.step}; "
-                "the same command with --resume goes on from there"
-            )
-        print(f"{self.name}: wrote {self.out / self.name}.pt and {self.last} (to --resume)")
+                is_last = self.step == self.cfg.max_steps
+                is_time = is_last or self.step % self.cfg.eval_interval == 0
+                self.is_due = is_time and self.rank == 0
+                self.evaluate_if_due(evaluate, keep_latest)
+        self.say_how_it_ended()
+
+    def catch_signals(self):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            # nohup ignores SIGHUP, and so does its program.
+            if number and signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.on_signal)
 
     def on_signal(self, number, frame):
         self.signals.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next Ctrl-C stops at once
+        if self.is_evaluating:
+            self.is_evaluating = False  # only one signal raises
+            raise Stopped
+
+    def say_how_it_ended(self):
+        if self.step < self.cfg.max_steps or self.is_due:
+            sys.exit(
+                f"{self.name}: stopped after step {self.step}; "
+                "the same command with --resume goes on from there"
+            )
+        if self.rank:
+            return
+        if not self.has_work:
+            print(f"{self.name}: all {self.step} steps are done; a larger --max_steps goes on")
+            return
+        text = f"{self.name}: wrote {self.last} (to --resume)"
+        if self.kept_step:
+            text += f"; {self.out / self.name}.pt is of step {self.kept_step}"
+        print(text)
 
     def learning_rate(self, step):
         """Linear warm-up, then a cosine down to a tenth of the peak."""
@@ -267,16 +313,15 @@ class Run:
         if math.isfinite(norm):
             return
         terms = [name for name, value in self.report.items() if not value.isfinite()]
-        self.refuse(", ".join(terms or ["the gradient"]))
-
-    def refuse(self, what):
+        what = ", ".join(terms or ["the gradient"])
         raise UserError(
-            f"step {self.step}: {what} is not finite; "
-            "--resume, or start again, at a lower --learning_rate"
+            f"step {self.step}: {what} is not finite; --resume at a lower --learning_rate goes on "
+            "from the last evaluation"
         )
 
     def write(self, **line):
         print(json.dumps(line), file=self.log, flush=True)
+        self.lines += 1
 
     def estimate_time(self):
         if self.step == self.first + 5:  # the first steps are slow
@@ -293,40 +338,69 @@ class Run:
 
     # ---- evaluations and checkpoints
 
-    def is_time_to_evaluate(self):
-        is_last = self.step == self.cfg.max_steps
-        return self.rank == 0 and (is_last or self.step % self.cfg.eval_interval == 0)
+    def evaluate_if_due(self, evaluate, keep_latest):
+        """Saves the run, so that an evaluation that does not end loses nothing, and evaluates."""
+        if not self.is_due:
+            return
+        self.save()
+        try:
+            self.is_evaluating = True
+            if self.signals:
+                raise Stopped
+            with self.autocast:
+                numbers, text = evaluate()
+        except Stopped:
+            return
+        finally:
+            self.is_evaluating = False
+        tqdm.write(text)
+        self.keep(numbers, keep_latest or numbers["loss"] < self.best)
 
-    def keep_if_best(self, val):
-        """Logs a dict of numbers of validation data, and saves. NAME.pt is the best so far by
-        `loss`."""
-        is_best = val["loss"] < self.best
-        self.keep(val, is_best)
-
-    def keep(self, val, is_kept=True):
-        """Logs a dict of numbers of validation data, and saves. NAME.pt is the latest."""
-        if not math.isfinite(val["loss"]):
-            self.refuse("the validation loss")
+    def keep(self, val, is_kept):
+        """Logs a dict of numbers of validation data, writes NAME.pt if this model is kept, and
+        saves."""
         self.write(step=self.step, val=val)
-        if is_kept:
+        if not math.isfinite(val["loss"]):
+            tqdm.write(f"warning: the validation loss is {val['loss']}; this model is not kept")
+        elif is_kept:
             self.best = val["loss"]
+            self.kept_step = self.step
             state = dict(model=self.average.state_dict(), step=self.step, **self.identity)
             write_whole(self.out / f"{self.name}.pt", state)
+        self.is_due = False
         self.save()
 
     def save(self):
         if self.rank:
             return
         state = dict(step=self.step, best=self.best, horizon=self.horizon)
+        state |= dict(kept_step=self.kept_step, is_due=self.is_due, lines=self.lines)
         for name, part in self.parts.items():
             state[name] = part.state_dict()
         write_whole(self.last, state | self.identity)
+
+    def spare_older_run(self):
+        for path in (self.out / f"{self.name}.pt", self.last):
+            if path.exists() and not (path == self.last and self.has_only_begun()):
+                raise UserError(
+                    f"{path} holds an earlier run; --resume goes on with it, another --out keeps "
+                    "it, --overwrite replaces it"
+                )
+
+    def has_only_begun(self):
+        """Whether the older run did nothing: its batches were too large, say."""
+        try:
+            state = load_checkpoint(self.last, self.identity["kind"], "")
+            return state["step"] == 0 and self.metrics.stat().st_size == 0
+        except (UserError, OSError, KeyError):
+            return False
 
     def resume(self):
         """Takes all parts from NAME_last.pt, and drops the metrics of later steps, which come
         again."""
         kind, tokenizer = self.identity["kind"], self.identity["tokenizer"]
-        state = load_checkpoint(self.last, kind, "start without --resume", tokenizer)
+        remedy = "without --resume, and with an --out of its own, a new run starts"
+        state = load_checkpoint(self.last, kind, remedy, tokenizer)
         try:
             self.check_identity(state)
             for name, part in self.parts.items():
@@ -334,19 +408,35 @@ class Run:
             self.step = int(state["step"])
             self.best = float(state["best"])
             self.horizon = int(state["horizon"])
-            if self.rank == 0:
-                kept = []
-                for line in self.metrics.read_text().splitlines(True):
-                    if line.endswith("}\n") and json.loads(line)["step"] <= self.step:
-                        kept.append(line)
-                write_whole(self.metrics, "".join(kept))
+            self.kept_step = int(state.get("kept_step", 0))
+            self.lines = int(state.get("lines", 0))
+            self.is_due = bool(state.get("is_due", False)) and self.rank == 0
         except torch.OutOfMemoryError:
             raise
-        except (OSError, *BROKEN) as e:
+        except BROKEN as e:
             raise UserError(
-                f"{self.last} and {self.metrics.name} do not fit this code ({type(e).__name__}); "
-                "start without --resume"
+                f"{self.last} does not fit this code ({type(e).__name__}); {remedy}"
             ) from None
+        if self.rank == 0:
+            self.shorten_metrics()
+
+    def shorten_metrics(self):
+        """Drops what NAME.jsonl holds of later steps, and of an evaluation that comes again."""
+        lines = []
+        if self.metrics.exists():
+            lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines(True)
+        kept = []
+        for line in lines:
+            try:
+                content = json.loads(line)
+                comes_again = self.is_due and content["step"] == self.step and "val" in content
+                if content["step"] <= self.step and not comes_again:
+                    kept.append(line.rstrip("\n") + "\n")
+            except BROKEN:
+                pass  # cut off, say
+        if len(kept) < self.lines:
+            tqdm.write(f"warning: {self.metrics} has lost metrics; the run goes on without them")
+        write_whole(self.metrics, "".join(kept))
 
     def check_identity(self, state):
         now = self.identity | self.identity["config"]

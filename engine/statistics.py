@@ -1,6 +1,7 @@
 """Statistics of training data."""
 
 import torch
+from tqdm import tqdm
 
 from textldm import TARGET, teacher_features
 
@@ -9,7 +10,7 @@ from textldm import TARGET, teacher_features
 def feature_statistics(teacher, batches):
     """Mean and standard deviation (E_teacher,) of the teacher's features of counted tokens."""
     features = []
-    for batch in batches:
+    for batch in tqdm(batches, desc="features of the teacher", delay=2, leave=False):
         features.append(teacher_features(teacher, batch.tokens)[batch.counted])
     features = torch.cat(features).float()  # (tokens, E_teacher)
     return features.mean(0), features.std(0).clamp(min=1e-6)
@@ -26,7 +27,7 @@ def mean_latents(vae, batches):
     total = vae.latents(alone, torch.full_like(alone, TARGET))[:, 0]  # (V, C)
     tokens = []
     latents = []
-    for batch in batches:
+    for batch in tqdm(batches, desc="latents of tokens", delay=2, leave=False):
         z = vae.latents(batch.tokens, batch.segment)  # (B, N, C)
         tokens.append(batch.tokens[batch.counted])
         latents.append(z[batch.counted])

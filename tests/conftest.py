@@ -6,17 +6,21 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers, which reads it once
 
+from engine.script import unlock_all
 from tests.helpers import DOCUMENTS, script, train, write_jsonl
 
 
 @pytest.fixture(autouse=True)
 def alone():
-    """Each test draws the same numbers, whichever ran before it. Training takes over Ctrl-C and
-    SIGTERM; a test gives them back."""
+    """Each test draws the same numbers, whichever ran before it. Training takes over Ctrl-C,
+    SIGTERM and SIGHUP, and locks its folder; a test gives them back."""
     torch.manual_seed(0)
     yield
+    unlock_all()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import run_script
+from engine.script import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = ["--n_layer=2", "--n_head=2", "--n_embd=16"]

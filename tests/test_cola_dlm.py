@@ -464,7 +464,7 @@ def test_resume_equals_no_interruption(home, blocks, monkeypatch, stage, how):
     with monkeypatch.context() as m:
         interrupt(m, how)
         with pytest.raises(Killed if how == "killed" else SystemExit):
-            program(home, blocks)
+            program(home, blocks, "--overwrite")
     saved_step = load_checkpoint(last, kind, "")["step"]
     assert saved_step == (2 if how == "killed" else 3)
     program(home, blocks, "--resume")

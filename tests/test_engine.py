@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,13 +31,14 @@ from engine.checkpoint import (
     read_tensors,
     write_whole,
 )
-from engine.config import TrainConfig, UserError, make_config
+from engine.config import TrainConfig, make_config
 from engine.corpus import Corpus
 from engine.evaluation import rows_with_other_contexts
 from engine.loop import Run, minutes, pick_dtype, recompute_blocks, set_learning_rate
 from engine.muon import Muon, make_optimizers, orthogonal
+from engine.script import UserError
 from engine.statistics import feature_statistics
-from tests.helpers import ROOT, SIZES, copy_of, load, run_module, train
+from tests.helpers import ROOT, SIZES, copy_of, load, run_module, snapshot, train
 from textldm import (
     GPT,
     TARGET,
@@ -225,7 +227,7 @@ def run_loop(loop, inputs, out, *more, run_type=Run):
 class UntrainedRun(Run):
     """A run that takes no step."""
 
-    def steps(self):
+    def steps(self, evaluate, keep_latest=False):
         return iter(())
 
 
@@ -397,8 +399,14 @@ class WatchedRun(Run):
 
         return on_forward
 
-    def steps(self):
-        for step in super().steps():
+    def steps(self, evaluate, keep_latest=False):
+        def judge():
+            self.is_judging = True
+            numbers, text = evaluate()
+            self.is_judging = False
+            return dict(numbers, loss=self.val_losses[self.step - 1]), text
+
+        for step in super().steps(judge, keep_latest):
             yield self.numbers[step]
 
     def micro_batches(self, corpus, weight_of):
@@ -442,15 +450,7 @@ class WatchedRun(Run):
         self.ends.append((float(norm), learning_rate, *states))
         super().end_step(norm, learning_rate)
 
-    def is_time_to_evaluate(self):
-        self.is_judging = super().is_time_to_evaluate()
-        return self.is_judging
-
-    def keep_if_best(self, val):
-        super().keep_if_best(dict(val, loss=self.val_losses[self.step - 1]))
-
-    def keep(self, val, is_kept=True):
-        self.is_judging = False
+    def keep(self, val, is_kept):
         self.kept.append(copy_of_state(self.average))
         super().keep(val, is_kept)
 
@@ -709,7 +709,8 @@ class SpoiltReport(SpoiltRun):
 def test_what_is_not_finite_is_named_and_not_saved(loop, inputs, tmp_path, quick, capsys):
     for run_type, what in ((SpoiltRun, "the gradient"), (SpoiltReport, "loss")):
         with pytest.raises(SystemExit) as e:
-            run_loop(loop, inputs, tmp_path, "--max_steps=3", run_type=run_type)
+            options = ["--max_steps=3", "--overwrite"]
+            run_loop(loop, inputs, tmp_path, *options, run_type=run_type)
         assert e.value.code == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith(f"error: step 1: {what} is not finite"), error
@@ -800,8 +801,8 @@ class BetaRun(Run):
         randomise(self.model)
         self.betas = []
 
-    def steps(self):
-        for step in super().steps():
+    def steps(self, evaluate, keep_latest=False):
+        for step in super().steps(evaluate, keep_latest):
             yield self.numbers[step]
 
     def micro_batches(self, corpus, weight_of):
@@ -861,7 +862,7 @@ def test_each_stage_with_a_teacher_knows_the_statistics_of_its_features(
 class OnlyRowsRun(Run):
     """A run that looks at the rows of a step, and takes none."""
 
-    def steps(self):
+    def steps(self, evaluate, keep_latest=False):
         return iter([0])
 
     def micro_batches(self, corpus, weight_of):
@@ -975,9 +976,13 @@ def sum_of_weights(batch):
     return batch.weight.sum()
 
 
-def take_steps(run, before_step=None, after_step=None):
+def judge_nothing():
+    return dict(loss=1.0), "judged"
+
+
+def take_steps(run, before_step=None, after_step=None, evaluate=judge_nothing, keep_latest=False):
     """A loop whose loss is 1."""
-    for step in run.steps():
+    for step in run.steps(evaluate, keep_latest):
         if before_step is not None:
             before_step(step)
         for _, share, _ in run.micro_batches(ToyCorpus(), sum_of_weights):
@@ -1122,52 +1127,88 @@ def test_the_default_rate_is_that_of_the_optimiser(tmp_path, muon, peak):
     assert toy_run(tmp_path, muon=muon, warmup=0).learning_rate(0) == pytest.approx(peak)
 
 
-def test_evaluations_come_at_their_interval_and_at_the_end(tmp_path):
-    run = toy_run(tmp_path, max_steps=5, eval_interval=2)
+def judge_by(run, losses):
+    """An evaluation that finds these losses after the steps 1, 2 and so on."""
+
+    def evaluate():
+        return dict(loss=losses[run.step - 1]), f"judged after step {run.step}"
+
+    return evaluate
+
+
+@pytest.mark.parametrize("interval, expected", [(2, [2, 4, 5]), (5, [5]), (9, [5])])
+def test_evaluations_come_at_their_interval_and_at_the_end(tmp_path, interval, expected):
+    run = toy_run(tmp_path, max_steps=5, eval_interval=interval)
     times = []
-    for run.step in range(1, 6):
-        if run.is_time_to_evaluate():
-            times.append(run.step)
-    assert times == [2, 4, 5]
+
+    def evaluate():
+        times.append(run.step)
+        return dict(loss=1.0), ""
+
+    take_steps(run, evaluate=evaluate)
+    assert times == expected
+    _, evaluations = lines_of(tmp_path / "toy.jsonl")
+    assert [line["step"] for line in evaluations] == expected
 
 
-def test_only_the_first_process_judges_and_saves(tmp_path):
-    run = toy_run(tmp_path)
+def test_an_evaluation_computes_in_the_precision_of_training_and_says_its_text(tmp_path, capsys):
+    run = toy_run(tmp_path, max_steps=1)
+    run.autocast = torch.autocast("cpu", torch.bfloat16)
+    seen = []
+
+    def evaluate():
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return dict(loss=1.0), "what was found"
+
+    take_steps(run, lambda step: seen.append(torch.is_autocast_enabled("cpu")), evaluate=evaluate)
+    assert seen == [False, True]
+    assert "what was found" in capsys.readouterr().out
+
+
+def test_only_the_first_process_judges_saves_and_speaks(tmp_path, capsys):
+    run = toy_run(tmp_path, max_steps=3, eval_interval=1)
+    capsys.readouterr()
     run.rank = 1
-    run.step = 250
-    run.save()
-    assert not run.is_time_to_evaluate()
+    take_steps(run, evaluate=fails_with(AssertionError("the second process judges")))
+    assert run.step == 3
     assert not list(tmp_path.iterdir())
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("is_latest, kept", [(False, 2), (True, 4)])
 def test_the_best_checkpoint_is_kept_or_where_asked_the_latest(tmp_path, is_latest, kept):
-    run = toy_run(tmp_path, max_steps=4)
+    run = toy_run(tmp_path, max_steps=4, eval_interval=1)
     losses = (2.0, 1.0, 4.0, 3.0)
-
-    def judge(step):
-        val = dict(loss=losses[step - 1])
-        if is_latest:
-            run.keep(val)
-        else:
-            run.keep_if_best(val)
-
-    take_steps(run, after_step=judge)
+    take_steps(run, evaluate=judge_by(run, losses), keep_latest=is_latest)
     assert load_checkpoint(tmp_path / "toy.pt", "toy", "")["step"] == kept
     assert load_checkpoint(tmp_path / "toy_last.pt", "toy", "")["step"] == 4
     _, evaluations = lines_of(tmp_path / "toy.jsonl")
     assert [line["val"]["loss"] for line in evaluations] == list(losses)
 
 
-def test_a_validation_loss_that_is_not_finite_is_not_kept(tmp_path):
-    run = toy_run(tmp_path, max_steps=2)
+@pytest.mark.parametrize("is_latest, kept", [(False, 1), (True, 3)])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_model_whose_validation_loss_is_not_finite_is_not_kept(
+    tmp_path, capsys, value, is_latest, kept
+):
+    """The run goes on, and knows what was best before."""
+    run = toy_run(tmp_path, max_steps=4, eval_interval=1)
+    losses = (1.0, value, 2.0, value)
+    take_steps(run, evaluate=judge_by(run, losses), keep_latest=is_latest)
+    said = capsys.readouterr().out
+    assert said.count(f"warning: the validation loss is {value}; this model is not kept") == 2
+    assert load_checkpoint(tmp_path / "toy.pt", "toy", "")["step"] == kept
+    assert load_checkpoint(tmp_path / "toy_last.pt", "toy", "")["step"] == 4
+    assert said.splitlines()[-1].endswith(f"{tmp_path}/toy.pt is of step {kept}")
 
-    def judge(step):
-        run.keep_if_best(dict(loss=[1.0, math.nan][step - 1]))
 
-    with pytest.raises(UserError, match="step 2: the validation loss is not finite"):
-        take_steps(run, after_step=judge)
-    assert load_checkpoint(tmp_path / "toy_last.pt", "toy", "")["step"] == 1
+def test_a_run_that_kept_no_model_does_not_name_one(tmp_path, capsys):
+    run = toy_run(tmp_path, max_steps=1)
+    take_steps(run, evaluate=judge_by(run, [math.nan]))
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"toy: wrote {tmp_path}/toy_last.pt (to --resume)"
+    )
+    assert not (tmp_path / "toy.pt").exists()
 
 
 def test_the_first_line_says_what_is_trained_and_where(home, tmp_path, capsys):
@@ -1176,7 +1217,8 @@ def test_the_first_line_says_what_is_trained_and_where(home, tmp_path, capsys):
     assert said[0].startswith("gpt: 0.0M parameters on cpu, which multiplies in ")
     corpus = Corpus(home / "data", "train", 64)
     assert said[0].endswith(f"; rows of {corpus.N + 1} tokens")
-    assert said[-1] == f"gpt: wrote {tmp_path}/gpt.pt and {tmp_path}/gpt_last.pt (to --resume)"
+    files = f"{tmp_path}/gpt_last.pt (to --resume); {tmp_path}/gpt.pt is of step 1"
+    assert said[-1] == f"gpt: wrote {files}"
 
 
 TIMES = [(89, "89 seconds"), (91, "2 minutes"), (600, "10 minutes"), (9000, "2.5 hours")]
@@ -1238,7 +1280,7 @@ def test_the_time_of_the_first_command_is_estimated_without_options_alone(
 # ---- Signals, and resuming
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_lets_the_step_finish_and_saves_it(tmp_path, number):
     run = toy_run(tmp_path, max_steps=9)
 
@@ -1268,7 +1310,7 @@ def test_the_second_ctrl_c_stops_at_once(tmp_path):
 
 def test_a_new_run_replaces_the_checkpoint_and_metrics_of_an_older_one(tmp_path):
     take_steps(toy_run(tmp_path, max_steps=2))
-    run = toy_run(tmp_path, max_steps=2)
+    run = toy_run(tmp_path, max_steps=2, overwrite=True)
 
     def look(step):
         if step == 0:
@@ -1280,14 +1322,10 @@ def test_a_new_run_replaces_the_checkpoint_and_metrics_of_an_older_one(tmp_path)
 
 def test_a_resumed_run_knows_its_best(tmp_path):
     losses = (1.0, 3.0, 2.0)
-
-    def judge(step):
-        run.keep_if_best(dict(loss=losses[step - 1]))
-
-    run = toy_run(tmp_path, max_steps=1)
-    take_steps(run, after_step=judge)
-    run = toy_run(tmp_path, max_steps=3, resume=True)
-    take_steps(run, after_step=judge)
+    run = toy_run(tmp_path, max_steps=1, eval_interval=1)
+    take_steps(run, evaluate=judge_by(run, losses))
+    run = toy_run(tmp_path, max_steps=3, eval_interval=1, resume=True)
+    take_steps(run, evaluate=judge_by(run, losses))
     assert load_checkpoint(tmp_path / "toy.pt", "toy", "")["step"] == 1
     assert load_checkpoint(tmp_path / "toy_last.pt", "toy", "")["step"] == 3
 
@@ -1306,6 +1344,39 @@ class KilledRun(Run):
         return super().micro_batches(corpus, weight_of)
 
 
+class KilledInEvaluation(Run):
+    """A run that ends without warning in its first evaluation."""
+
+    def steps(self, evaluate, keep_latest=False):
+        def judge():
+            evaluate()
+            raise Killed
+
+        return super().steps(judge, keep_latest)
+
+
+class KilledAfterEvaluation(Run):
+    """A run that ends without warning when the evaluation is in the metrics, and the model is in no
+    file."""
+
+    def write(self, **line):
+        super().write(**line)
+        if "val" in line:
+            raise Killed
+
+
+class StoppedInEvaluation(Run):
+    """A run that is asked to stop in its first evaluation."""
+
+    def steps(self, evaluate, keep_latest=False):
+        def judge():
+            evaluate()
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("the evaluation goes on")
+
+        return super().steps(judge, keep_latest)
+
+
 class StoppedRun(Run):
     """A run that is asked to stop in its third step."""
 
@@ -1318,6 +1389,9 @@ class StoppedRun(Run):
 INTERRUPTIONS = dict(
     killed=(KilledRun, Killed, None, 2),
     stopped=(StoppedRun, SystemExit, "stopped after step 3; the same command", 3),
+    killed_in_evaluation=(KilledInEvaluation, Killed, None, 2),
+    killed_after_evaluation=(KilledAfterEvaluation, Killed, None, 2),
+    stopped_in_evaluation=(StoppedInEvaluation, SystemExit, "stopped after step 2; the same", 2),
 )
 
 
@@ -1356,13 +1430,34 @@ def test_resume_equals_no_interruption(whole, how, inputs, tmp_path, quick):
     assert (tmp_path / metrics).read_text() == (out / metrics).read_text()
 
 
+def test_the_same_command_again_is_refused_and_changes_no_byte(
+    whole, inputs, tmp_path, quick, capsys
+):
+    """Also where only the model is left, or only what --resume needs."""
+    loop, out = whole
+    for missing in (None, f"{loop.name}.pt", f"{loop.name}_last.pt"):
+        again = tmp_path / str(missing)
+        shutil.copytree(out, again)
+        if missing:
+            (again / missing).unlink()
+        before = snapshot(again)
+        with pytest.raises(SystemExit) as e:
+            run_loop(loop, inputs, again, "--max_steps=4", "--eval_interval=2")
+        assert e.value.code == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ")
+        for words in ("an earlier run", "--resume", "another --out", "--overwrite"):
+            assert words in error
+        assert snapshot(again) == before
+
+
 def rates_of(home):
     return [line["lr"] for line in lines_of(home / "out/gpt.jsonl")[0]]
 
 
 def test_more_steps_go_on_at_the_last_rate(home, tmp_path):
     home = copy_of(home, tmp_path)
-    train(home, "baselines/gpt.py", "--warmup=0")
+    train(home, "baselines/gpt.py", "--warmup=0", "--overwrite")
     train(home, "baselines/gpt.py", "--warmup=0", "--resume", steps=6)
     rates = rates_of(home)
     assert len(rates) == 6
@@ -1419,6 +1514,7 @@ import torch.distributed as dist
 
 from engine.corpus import Corpus
 from engine.loop import Run
+from engine.script import UserError
 from tests.helpers import load, run_module
 from tests.test_engine import few_fixed_batches
 

@@ -583,9 +583,9 @@ def test_a_damaged_checkpoint_is_not_resumed(copy, capsys):
     state = load_checkpoint(last, "gpt", "")
     del state["AdamW"]
     write_whole(last, state)
-    refuse(capsys, "do not fit this code", "baselines/gpt.py", *alike, keep=copy)
+    refuse(capsys, "does not fit this code", "baselines/gpt.py", *alike, keep=copy)
     last.unlink()
-    refuse(capsys, "start without --resume", "baselines/gpt.py", *alike, keep=copy)
+    refuse(capsys, "is missing; without --resume", "baselines/gpt.py", *alike, keep=copy)
 
 
 def test_a_missing_package_is_one_sentence(home, tmp_path, monkeypatch, capsys):

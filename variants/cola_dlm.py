@@ -27,18 +27,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.checkpoint import build, copy_blocks, load_checkpoint, load_teacher_state
-from engine.config import (
-    DIT_PRESETS,
-    VAE_PRESETS,
-    TrainConfig,
-    UserError,
-    command_line,
-    run_script,
-)
+from engine.config import DIT_PRESETS, VAE_PRESETS, TrainConfig, command_line
 from engine.corpus import Corpus
 from engine.evaluation import (
     evaluate_vae,
@@ -56,6 +48,7 @@ from engine.loop import (
     update_average,
 )
 from engine.muon import make_optimizers
+from engine.script import UserError, run_script
 from engine.statistics import feature_statistics, mean_latents
 from textldm import (
     CONTEXT,
@@ -519,7 +512,7 @@ def train_vae():
 
     optimizers = make_optimizers(vae, Block, cfg, pick_dtype(device))
     run = Run("vae", cfg, vae, vae, optimizers, identity)
-    for step in run.steps():
+    for step in run.steps(lambda: evaluate_vae(vae, val_batches, features_of, training_sample)):
         learning_rate = run.learning_rate(step)
         beta = config.beta * min(step / max(config.beta_warmup, 1), 1)
         for batch, share, generator in run.micro_batches(corpus, weight_of):
@@ -535,11 +528,6 @@ def train_vae():
             optimizer.step()
             optimizer.zero_grad()
         run.end_step(norm, learning_rate)
-        if run.is_time_to_evaluate():
-            with run.autocast:
-                numbers, text = evaluate_vae(vae, val_batches, features_of, training_sample)
-            tqdm.write(text)
-            run.keep_if_best(numbers)
 
 
 def train_dit():
@@ -579,7 +567,7 @@ def train_dit():
     optimizers = make_optimizers(dit, Block, cfg, pick_dtype(device))
     identity = dict(corpus.identity, kind="cola_dlm", vae=vae.z_mean.tolist())
     run = Run("dit", cfg, dit, average, optimizers, identity)
-    for step in run.steps():
+    for step in run.steps(lambda: evaluate(average)):
         learning_rate = run.learning_rate(step)
         for batch, share, generator in run.micro_batches(corpus, weight_of):
             with run.autocast:
@@ -596,11 +584,6 @@ def train_dit():
             optimizer.zero_grad()
         update_average(average, dit, step)
         run.end_step(norm, learning_rate)
-        if run.is_time_to_evaluate():
-            with run.autocast:
-                numbers, text = evaluate(average)
-            tqdm.write(text)
-            run.keep_if_best(numbers)
 
 
 def main():

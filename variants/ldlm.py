@@ -25,11 +25,10 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.checkpoint import build, load_teacher_state
-from engine.config import DIT_PRESETS, TrainConfig, UserError, command_line, run_script
+from engine.config import DIT_PRESETS, TrainConfig, command_line
 from engine.corpus import Corpus
 from engine.evaluation import Evaluation
 from engine.loop import (
@@ -41,6 +40,7 @@ from engine.loop import (
     update_average,
 )
 from engine.muon import make_optimizers
+from engine.script import UserError, run_script
 from engine.statistics import feature_statistics
 from textldm import (
     CONTEXT,
@@ -285,7 +285,12 @@ def main():
 
     optimizers = make_optimizers(ldlm, Block, cfg, pick_dtype(device))
     run = Run("dit", cfg, ldlm, average, optimizers, dict(corpus.identity, kind="ldlm"))
-    for step in run.steps():
+
+    def judge():
+        numbers, text = evaluate(average, average.dit)
+        return numbers, f"{text}\n{describe_latents(average, evaluate.batch)}"
+
+    for step in run.steps(judge, keep_latest=True):
         learning_rate = run.learning_rate(step)
         for batch, share, generator in run.micro_batches(corpus, weight_of):
             with run.autocast:
@@ -301,12 +306,6 @@ def main():
             optimizer.zero_grad()
         update_average(average, ldlm, step)
         run.end_step(norm, learning_rate)
-        if run.is_time_to_evaluate():
-            with run.autocast:
-                numbers, text = evaluate(average, average.dit)
-                text += "\n" + describe_latents(average, evaluate.batch)
-            tqdm.write(text)
-            run.keep(numbers)
 
 
 if __name__ == "__main__":

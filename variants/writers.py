@@ -6,7 +6,7 @@ from typing import Callable, NamedTuple
 from baselines.gpt import generate
 from baselines.masked import MaskedLM, unmask
 from engine.checkpoint import GPT2_NAMES, as_gpt_state, build, load_checkpoint, load_gpt_state
-from engine.config import UserError
+from engine.script import UserError
 from textldm import GPT, DiTConfig, TextDiT, TextVAE, TransformerConfig, VAEConfig, continue_texts
 from variants.cola_dlm import CausalVAE, ColaConfig, ColaDiT, continue_in_blocks
 from variants.ldlm import LDLM, LDLMConfig
