@@ -39,17 +39,13 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from baselines.gpt import PRESETS as GPT_PRESETS
+from data.embedded import docs
+from data.reading import Reader
 from engine.checkpoint import write_whole
-from engine.config import (
-    DIT_PRESETS,
-    VAE_PRESETS,
-    TrainConfig,
-    UserError,
-    command_line,
-    run_script,
-)
+from engine.config import DIT_PRESETS, VAE_PRESETS, TrainConfig, command_line
 from engine.corpus import Corpus, load_encoding, to_device
 from engine.loop import Run, pick_device
+from engine.script import UserError, run_script
 from textldm import (
     GPT,
     OURS,
@@ -250,8 +246,8 @@ class TimedRun(Run):
 
     turn = None  # the worker's Turn
 
-    def steps(self):
-        for step in super().steps():
+    def steps(self, *evaluation, **options):
+        for step in super().steps(*evaluation, **options):
             self.turn.before_step()
             yield step
 
@@ -651,11 +647,10 @@ def preparing(options, folder):
     """A row each for one core, for all cores, and for all cores with three times the text.
     data/prepare.py takes turns with bare tiktoken on the same text."""
     meta = json.loads((Path(options.data) / "meta.json").read_text())
-    prepare = load_module(ROOT / "data/prepare.py")
     if options.text:
-        documents = list(prepare.Files([options.text])())
+        documents = [text for text, _ in Reader([options.text])]
     else:
-        documents = list(prepare.docs()) * 4
+        documents = list(docs()) * 4
     cores = sorted(os.sched_getaffinity(0))
     rows = []
     for times, used in ((1, cores[:1]), (1, cores), (3, cores)):

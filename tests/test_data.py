@@ -1,19 +1,29 @@
 """Properties of data/prepare.py, and of the corpora that training reads."""
 
 import gzip
+import hashlib
 import json
+import os
+import shlex
+import subprocess
 import sys
 import tarfile
+import threading
 import unicodedata
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import engine.corpus
-from engine.config import UserError
+from data.advice import next_commands
+from data.bpe import train_bpe
+from data.embedded import is_prose, names
 from engine.corpus import Corpus, load_encoding
-from tests.helpers import DOCUMENTS, load, refuse, script, write_jsonl
+from engine.script import UserError
+from tests.helpers import DOCUMENTS, ROOT, load, refuse, run_module, script, write_jsonl
 from textldm import CONTEXT, TAIL_WEIGHT, TARGET
 
 
@@ -68,7 +78,9 @@ def test_prepare_gives_back_any_text(tmp_path, encoding):
     texts += ["a\r\nb\x00c\u2028d \n\n ", "<|endoftext|>", " ", "\n", "lone \ud800 half"]
     texts += DOCUMENTS[:7]
     source = write_jsonl(tmp_path / "in.jsonl", texts)
-    options = [f"--encoding={encoding}", "--vocab_size=280", "--val_fraction=0.3"]
+    options = [f"--encoding={encoding}", "--val_fraction=0.3"]
+    if encoding == "bpe":
+        options.append("--vocab_size=280")
     prepare(source, "--out", tmp_path / "out", *options)
     expected = []
     for text in texts:
@@ -98,17 +110,6 @@ def test_every_format_gives_the_same_corpus(tmp_path):
     assert len(set(found)) == 1
 
 
-@pytest.mark.parametrize("piece", [7, 100, 1 << 20])
-def test_pieces_of_any_size_give_the_same_lines(tmp_path, piece):
-    module = load("data/prepare.py")
-    module.PIECE = piece
-    write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
-    compressed = gzip.compress((tmp_path / "a.jsonl").read_bytes())
-    (tmp_path / "a.jsonl.gz").write_bytes(compressed)
-    for name in ("a.jsonl", "a.jsonl.gz"):
-        assert list(module.Files([tmp_path / name])()) == DOCUMENTS
-
-
 def test_every_document_is_followed_by_an_end_of_text(tmp_path):
     """Documents of any length, in however many blocks they are encoded, and in their order."""
     rng = np.random.default_rng(0)
@@ -116,32 +117,28 @@ def test_every_document_is_followed_by_an_end_of_text(tmp_path):
     texts += ["word " * int(n) + "end" for n in rng.integers(0, 300, 400)]
     texts += ["y" * 70000, "z"]
     module = load("data/prepare.py")
-    module.PIECE = 1 << 12
-    ranks = module.train_bpe(iter(texts), 280)
+    module.BLOCK = 1 << 15
+    ranks, _ = train_bpe(texts, 280)
     tokenizer = dict(encoding="bpe", vocab_size=280, eot=279, bpe=ranks)
     encoding = load_encoding(tokenizer)
-
-    def source():
-        return texts
-
-    module.write_bins(tmp_path, encoding, 279, "uint16", [("train", source)], 0.5)
-    (tmp_path / "train.bin.tmp").rename(tmp_path / "train.bin")
+    # A long document comes in pieces.
+    pieces = []
+    for text in texts:
+        for start in range(0, len(text), 40000):
+            pieces.append((text[start : start + 40000], start + 40000 >= len(text)))
+    paths = {split: tmp_path / f"{split}.bin" for split in ("train", "val")}
+    with ThreadPoolExecutor(2) as pool:
+        writer = module.BinWriter(paths, module.Encoder(encoding, 279, "uint16"), pool)
+        module.write_documents(writer, pieces, "train", 0.5, hashlib.sha256())
+        writer.finish()
+    lengths = [len(encoding.encode_ordinary(text)) + 1 for text in texts if len(text) < 40000]
+    assert not Counter(lengths) - writer.lengths
+    assert writer.lengths.total() == writer.count["train"][1] == len(texts)
     meta = dict(tokenizer, dtype="uint16", layout="documents", longest=99)
     (tmp_path / "meta.json").write_text(json.dumps(meta))
     corpus = Corpus(tmp_path, "train", 2)
     found = [corpus.encoding.decode(d[:-1].tolist()) for d in documents_of(corpus)]
     assert found == texts
-
-
-def test_a_bpe_merges_the_most_frequent_pairs_first():
-    module = load("data/prepare.py")
-    ranks = module.train_bpe(iter(["abab"] * 9 + ["cab"] * 3), 259)
-    encoding = load_encoding(dict(encoding="bpe", vocab_size=259, eot=258, bpe=ranks))
-    tokens = {}
-    for word in ("abab", "cab"):
-        ids = encoding.encode_ordinary(word)
-        tokens[word] = [encoding.decode_single_token_bytes(i) for i in ids]
-    assert tokens == dict(abab=[b"abab"], cab=[b"c", b"ab"]), "two merges: ab, then abab"
 
 
 # ---- Training and validation data
@@ -196,12 +193,12 @@ def test_rows_are_as_long_as_nearly_all_documents_need(home):
 
 
 def test_names_are_those_of_unicode():
-    names = list(load("data/prepare.py").names())
-    assert len(set(names)) == len(names)
-    assert len(names) > 25000
-    assert "greek small letter alpha" in names
+    found = list(names())
+    assert len(set(found)) == len(found)
+    assert len(found) > 25000
+    assert "greek small letter alpha" in found
     if unicodedata.unidata_version == "14.0.0":
-        assert len(names) == 26015
+        assert len(found) == 26015
 
 
 PROSE = [
@@ -212,9 +209,210 @@ PROSE = [
 ]
 
 
-@pytest.mark.parametrize("text, is_prose", PROSE)
-def test_prose_is_told_from_code(text, is_prose):
-    assert load("data/prepare.py").is_prose(text) == is_prose
+@pytest.mark.parametrize("text, expected", PROSE)
+def test_prose_is_told_from_code(text, expected):
+    assert is_prose(text) == expected
+
+
+# ---- One text, with no option but its path
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    """The path of a text of 20 kB."""
+    rng = np.random.default_rng(0)
+    words = ["sea", "ship", "captain", "island", "the", "of", "and", "said", "Aye", "rum", "kö"]
+    lines = [" ".join(rng.choice(words, 8)) + ".\n" for _ in range(450)]
+    path = tmp_path_factory.mktemp("book") / "my book.txt"
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.mark.parametrize("options, share", [([], 0.1), (["--val_fraction=0.5"], 0.5)])
+def test_the_end_of_a_single_text_is_val(book, tmp_path, options, share):
+    prepare(book, "--out", tmp_path / "out", *options)
+    splits = [Corpus(tmp_path / "out", split, 8) for split in ("train", "val")]
+    tokens = np.concatenate([corpus.tokens for corpus in splits]).tolist()
+    assert splits[0].encoding.decode(tokens) == book.read_text() + "<|endoftext|>"
+    assert abs(len(splits[1].tokens) - share * len(tokens)) < 1
+    meta = meta_of(tmp_path / "out")
+    assert meta["encoding"] == "bpe" and meta["layout"] == "stream"
+
+
+def test_a_long_vocabulary_is_of_a_long_text(book, tmp_path):
+    sizes = []
+    for times in (1, 5):
+        words = [f" {number**3:x}" for number in range(times * 6_000)] * 2
+        (tmp_path / "text").write_text("".join(words))
+        prepare(tmp_path / "text", "--out", tmp_path / "out")
+        sizes.append(meta_of(tmp_path / "out")["vocab_size"])
+    assert 512 <= sizes[0] < sizes[1] <= 4096
+
+
+def test_no_token_is_one_that_the_text_does_not_need(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("one one one one two")
+    prepare(tmp_path / "a.txt", "--vocab_size=2048", "--out", tmp_path / "out")
+    size = meta_of(tmp_path / "out")["vocab_size"]
+    assert size < 270
+    assert f"no use for more than {size} tokens" in capsys.readouterr().out
+    assert "too short to train on" not in (tmp_path / "out/meta.json").read_text()
+
+
+def commands_in(said):
+    return [shlex.split(line) for line in said.splitlines() if line.startswith("python ")]
+
+
+@pytest.mark.parametrize("layout", ["stream", "documents"])
+def test_the_printed_commands_train_and_write(book, tmp_path, monkeypatch, capsys, layout):
+    monkeypatch.chdir(tmp_path)
+    prepare(book, *(["--lines"] if layout == "documents" else []))
+    assert meta_of(tmp_path / "data/my book")["layout"] == layout
+    commands = commands_in(capsys.readouterr().out)
+    assert len(commands) == 4
+    small = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--batch_size=8", "--max_steps=2"]
+    for _, path, *arguments in commands[:3]:
+        script(ROOT / (tmp_path / path).resolve().relative_to(ROOT), *arguments, *small)
+    capsys.readouterr()
+    script("sample.py", *commands[3][2:], "--length=8", "--steps=2")
+    assert "|" in capsys.readouterr().out
+
+
+def test_the_commands_for_a_large_vocabulary_are_for_a_gpu(tmp_path, monkeypatch):
+    meta = dict(vocab_size=50257, layout="stream", tokens={}, documents={})
+    commands = commands_in(next_commands(tmp_path / "owt", meta))
+    assert [Path(path).name for _, path, *_ in commands] == [
+        "train_vae.py",
+        "train_dit.py",
+        "sample.py",
+    ]
+    assert "--preset=small" in commands[0]
+
+
+@pytest.mark.parametrize("has_gpt2", [True, False])
+def test_a_large_text_gets_gpt2s_bpe_if_it_is_there(book, tmp_path, monkeypatch, capsys, has_gpt2):
+    module = load("data/prepare.py")
+    module.SMALL = 1000
+
+    def load_or_fail(tokenizer):
+        if tokenizer["encoding"] == "gpt2" and not has_gpt2:
+            raise UserError("no network")
+        return load_encoding(tokenizer)
+
+    module.load_encoding = load_or_fail
+    if has_gpt2:
+        try:
+            load_encoding(module.GPT2)
+        except UserError:
+            pytest.skip("GPT-2's BPE is not in tiktoken's cache, and there is no network")
+    run_module(module, "data/prepare.py", book, "--out", tmp_path / "out")
+    assert meta_of(tmp_path / "out")["encoding"] == ("gpt2" if has_gpt2 else "bpe")
+    assert ("a new BPE takes its place" in capsys.readouterr().out) != has_gpt2
+    whole = book.read_bytes()
+    assert sum(meta_of(tmp_path / "out")["tokens"].values()) > len(whole) / 10
+
+
+def test_a_text_of_a_few_letters_is_said_to_be_too_short(tmp_path, capsys):
+    (tmp_path / "a.md").write_text("plain text\n")
+    prepare(tmp_path / "a.md", "--out", tmp_path / "out")
+    assert "too short to train on" in capsys.readouterr().out
+
+
+# ---- Few documents, and lines
+
+
+@pytest.mark.parametrize("layout", ["documents", "stream"])
+def test_with_few_documents_the_last_ones_are_val(tmp_path, layout):
+    texts = [f"document {i}" for i in range(20)]
+    source = write_jsonl(tmp_path / "few.jsonl", texts)
+    layout = f"--layout={layout}"
+    prepare(source, "--out", tmp_path / "out", "--val_fraction=0.25", layout)
+    val = Corpus(tmp_path / "out", "val", 2)
+    assert read_back(tmp_path / "out") == [text.encode() for text in texts]
+    assert (val.tokens == val.eot).sum() == 5
+    assert meta_of(tmp_path / "out")["documents"] == {"train": 15, "val": 5}
+
+
+def test_a_single_document_is_not_divided_into_documents(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("one text " * 99)
+    options = ["--out", tmp_path / "new", "--layout=documents"]
+    refuse(capsys, "only one document", "data/prepare.py", tmp_path / "a.txt", *options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_each_line_is_a_document_where_asked(tmp_path):
+    (tmp_path / "names.txt").write_text("".join(f"name {i}\n\n" for i in range(300)))
+    prepare(tmp_path / "names.txt", "--lines", "--out", tmp_path / "out")
+    assert sorted(read_back(tmp_path / "out")) == sorted(f"name {i}".encode() for i in range(300))
+    assert meta_of(tmp_path / "out")["layout"] == "documents"
+
+
+def test_short_documents_are_rows_and_long_ones_a_stream(tmp_path):
+    for words, layout in ((3, "documents"), (300, "stream")):
+        source = write_jsonl(tmp_path / "a.jsonl", [f"{'word ' * words}{i}" for i in range(200)])
+        prepare(source, "--out", tmp_path / "out")
+        assert meta_of(tmp_path / "out")["layout"] == layout
+
+
+# ---- What paths may be
+
+
+def test_a_pipe_is_read_once(book, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(book.read_bytes(),))
+    writer.start()
+    prepare(tmp_path / "pipe", "--out", tmp_path / "out", "--encoding=bpe")
+    writer.join()
+    prepare(book, "--out", tmp_path / "other")
+    assert meta_of(tmp_path / "out")["sha256"] == meta_of(tmp_path / "other")["sha256"]
+
+
+def test_a_folder_comes_before_the_embedded_corpus_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    write_jsonl(tmp_path / "docs/a.jsonl", ["mine"] * 9)
+    prepare("docs", "--out", tmp_path / "out")
+    assert read_back(tmp_path / "out")[0].startswith(b"mine")
+    module = load("data/prepare.py")
+    monkeypatch.chdir(ROOT)
+    assert module.find_embedded(["docs"]) == "docs", "the pages of this project are no corpus"
+
+
+def test_home_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("a text " * 99)
+    prepare("~/a.txt", "--out=~/out")
+    assert (tmp_path / "out/train.bin").exists()
+
+
+def test_links_to_outputs_stay_links(book, tmp_path):
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/train.bin").symlink_to(tmp_path / "large disk/train.bin")
+    prepare(book, "--out", tmp_path / "out")
+    assert (tmp_path / "out/train.bin").is_symlink()
+    assert (tmp_path / "large disk/train.bin").stat().st_size > 1000
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_the_files_of_another_program_stay(book, tmp_path, capsys):
+    np.arange(99, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    words = "train.bin of another program"
+    refuse(capsys, words, "data/prepare.py", book, "--out", tmp_path, keep=tmp_path)
+
+
+def test_a_second_process_is_refused_and_harms_nothing(book, tmp_path, capsys):
+    code = "import sys, engine.script as s; s.lock(sys.argv[1]); print(flush=True); input()"
+    command = [sys.executable, "-c", code, tmp_path]
+    first = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        first.stdout.readline()
+        (tmp_path / "train.bin.tmp").write_text("of the first")
+        words = "another process writes to"
+        refuse(capsys, words, "data/prepare.py", book, "--out", tmp_path, keep=tmp_path)
+    finally:
+        first.kill()
+        first.wait()
+    prepare(book, "--out", tmp_path)
 
 
 # ---- Rows
@@ -387,6 +585,7 @@ def cut_gz(folder, tmp_path):
 
 BROKEN = "broken, cut off"
 NO_DOCUMENT = "no usable document"
+MISREAD = "are no JSON objects"
 BAD_FILES = {
     "cut.jsonl.zst": (cut_zst, BROKEN),
     "bad.jsonl.zst": (bad_zst, BROKEN),
@@ -394,10 +593,9 @@ BAD_FILES = {
     "bad.jsonl.gz": (b"not gzip at all", BROKEN),
     "bad.tar": (b"not a tar at all" * 99, BROKEN),
     "cut.tar": (cut_tar, BROKEN),
-    "none.jsonl": (b'{"txt": "wrong field"}\nnot json\n[1]\n{"text": 3}\n\n', NO_DOCUMENT),
+    "none.jsonl": (b'{"txt": "wrong field"}\nnot json\n[1]\n{"text": 3}\n\n', MISREAD),
     "empty.jsonl": (b"", NO_DOCUMENT),
-    "deep.jsonl": (b"[" * 99999 + b"\n", NO_DOCUMENT),
-    "one.jsonl": (b'{"text": "one one one one"}\n', "documents fell to"),
+    "deep.jsonl": (b"[" * 99999 + b"\n", MISREAD),
 }
 
 
@@ -416,15 +614,16 @@ def test_bad_options_are_refused_and_nothing_is_changed(prepared, tmp_path, caps
     good, out = prepared / "good.jsonl", prepared / "out"
     where = ["--out", out]
     refuse(capsys, "missing", "data/prepare.py", tmp_path / "nothing.jsonl", *where, keep=out)
-    refuse(capsys, "--val_fraction", "data/prepare.py", good, *where, "--val_fraction=2", keep=out)
-
-
-def test_a_text_too_small_for_its_vocabulary_is_refused_and_makes_no_folder(tmp_path, capsys):
-    (tmp_path / "one.jsonl").write_bytes(b'{"text": "one one one one"}\n')
-    options = ["--out", tmp_path / "new", "--encoding=bpe"]
-    words = "too small for --vocab_size"
-    refuse(capsys, words, "data/prepare.py", tmp_path / "one.jsonl", *options)
-    assert not (tmp_path / "new").exists()
+    bad = {
+        "--val_fraction=2": "must lie between 0 and 1",
+        "--vocab_size=20": "at least 258",
+        "--vocab_size=2048 --encoding=gpt2": "--vocab_size is for --encoding=bpe",
+        f"--val={good} --val_fraction=0.1": "no effect with --val",
+        f"--val={good}": "none is left for train",
+    }
+    for options, words in bad.items():
+        refuse(capsys, words, "data/prepare.py", good, *where, *options.split(), keep=out)
+    refuse(capsys, "--lines is for", "data/prepare.py", "names", "--lines", *where, keep=out)
 
 
 def test_single_bad_lines_are_skipped_and_counted(prepared, tmp_path, capsys):

@@ -136,7 +136,7 @@ def test_the_engine_imports_no_network_and_no_other_room(path):
 ARROWS = {
     "baselines": {"engine", "textldm"},
     "variants": {"engine", "textldm", "baselines", "variants"},
-    "data": {"engine"},
+    "data": {"engine", "textldm", "data"},
     "bench": {"engine", "textldm", "baselines", "variants", "bench", "data"},
     "train_vae.py": {"engine", "textldm"},
     "train_dit.py": {"engine", "textldm"},
