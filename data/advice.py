@@ -23,10 +23,11 @@ TEXT_BATCH = 96
 TEXT_ROW = 32
 GPT_STEPS = 400
 VAE_STEPS = 400
-DIT_STEPS = 1500
+DIT_STEPS = (700, 2500)  # at least and at most; between, what fits in DIT_SECONDS
+DIT_SECONDS = 1200
 # Seconds of a step, over those of the step of a GPT of the same size. Measured.
-VAE_OVER_GPT = 1.2
-DIT_OVER_GPT = 3.3
+VAE_OVER_GPT = 1.1
+DIT_OVER_GPT = 2.2
 
 
 def next_commands(out, meta):
@@ -45,10 +46,12 @@ def next_commands(out, meta):
     row = min(TEXT_ROW, tokens - 1)
     if row < 8:
         return f"\nIt is too short to train on: one split has only {tokens} tokens."
-    seconds = seconds_of_step(meta["vocab_size"], row)
-    seconds *= GPT_STEPS + VAE_OVER_GPT * VAE_STEPS + DIT_OVER_GPT * DIT_STEPS
+    per_step = seconds_of_step(meta["vocab_size"], row)
+    fitting = int(DIT_SECONDS / (DIT_OVER_GPT * per_step)) // 100 * 100
+    steps = min(max(fitting, DIT_STEPS[0]), DIT_STEPS[1])
+    seconds = per_step * (GPT_STEPS + VAE_OVER_GPT * VAE_STEPS + DIT_OVER_GPT * steps)
     lines = [f"\nTo train on it, about {minutes(seconds)} on this machine:\n"]
-    lines += commands_for_text(folders, row, beginning(out))
+    lines += commands_for_text(folders, row, steps, beginning(out))
     if meta["documents"]["train"] < 10:
         lines.append("\nIf each line is a text of its own, prepare it again with --lines.")
     return "\n".join(lines)
@@ -59,16 +62,17 @@ def command(script, *options):
     return " ".join(["python", shlex.quote(os.path.relpath(ROOT / script)), *options])
 
 
-def commands_for_text(folders, row, prompt):
-    """Cola DLM with blocks of 4: in these minutes it writes better text than TextLDM."""
+def commands_for_text(folders, row, steps, prompt):
+    """Cola DLM with blocks of 4: in these minutes it writes better text than TextLDM.
+
+    steps: of the DiT.
+    """
     shared = [*folders, f"--batch_size={TEXT_BATCH}", f"--block_size={row}"]
     prompt = f"--prompt={shlex.quote(prompt)}"
     return [
         command("baselines/gpt.py", *shared, f"--max_steps={GPT_STEPS}"),
         command("variants/cola_dlm.py", "vae", *shared, f"--max_steps={VAE_STEPS}"),
-        command(
-            "variants/cola_dlm.py", "dit", *shared, "--latent_block=4", f"--max_steps={DIT_STEPS}"
-        ),
+        command("variants/cola_dlm.py", "dit", *shared, "--latent_block=4", f"--max_steps={steps}"),
         command("sample.py", folders[1], prompt, "--length=300"),
     ]
 
@@ -109,7 +113,8 @@ def seconds_of_step(vocab_size, row):
     config = TransformerConfig(**TINY | dict(block_size=row + 1, vocab_size=vocab_size))
     gpt = GPT(config).to(device)
     rows = TEXT_BATCH // SMALLER
-    tokens = torch.zeros(rows, row + 1, dtype=torch.long, device=device)  # (B, N)
+    length = 3 * row // 4  # the mean over steps: see Run.draw
+    tokens = torch.zeros(rows, length, dtype=torch.long, device=device)  # (B, N)
     seconds = []
     for _ in range(3):
         start = time.perf_counter()

@@ -366,7 +366,7 @@ def make_tokenizer(args, first, is_all):
     if wanted is None:
         size = sum(len(text) for text, _ in first)
         # A token should occur often enough that its embedding is learnt.
-        wanted = 4096 if args.embedded else min(4096, max(512, size // 400))
+        wanted = 4096 if args.embedded else min(4096, max(512, size // 175))
     ranks, size = train_bpe((text for text, _ in first), wanted)
     if args.vocab_size and size < wanted:
         print(f"prepare: the text has no use for more than {size} tokens; --vocab_size={size}")

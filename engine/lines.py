@@ -10,10 +10,10 @@ from engine.script import UserError
 def read_lines(path, wanted, option=""):
     """The dicts of a file of JSON lines, each with the wanted fields as text. option is what named
     the file. Raises UserError."""
-    if not Path(path).is_file():
-        raise UserError(f"{option}{path} does not exist, or is no file")
+    if not Path(path).exists() or Path(path).is_dir():
+        raise UserError(f"{option}{path} does not exist, or is a folder")
     lines = []
-    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
     for i, line in enumerate(text.strip("\n").split("\n")):
         try:
             content = json.loads(line)
