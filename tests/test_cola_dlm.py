@@ -1,8 +1,6 @@
 """Properties of variants/cola_dlm.py: text in blocks, each given all before it."""
 
 import contextlib
-import os
-import signal
 
 import numpy as np
 import pytest
@@ -10,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from engine.checkpoint import load_checkpoint
-from engine.loop import Run
 from test_textldm import EOT, C, N, V, all_target, example_batch, generator
 from test_textldm import make_dit, make_vae, same_rows
 from tests.helpers import refuse, script, train, training_options, write_jsonl
@@ -433,50 +430,6 @@ def test_the_seed_chooses_the_text_of_blocks(vae, dit):
 
 
 # ---- The scripts ---------------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    pass
-
-
-def interrupt(monkeypatch, how):
-    """Kills a run in its fourth step, or asks it in its third to stop."""
-    real = Run.draw
-
-    def draw(self, corpus, step):  # the batches of a step are drawn in the step before
-        if how == "killed" and step == 4:
-            raise Killed
-        if how == "asked to stop" and step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, corpus, step)
-
-    monkeypatch.setattr(Run, "draw", draw)
-
-
-@pytest.mark.parametrize("how", ["killed", "asked to stop"])
-@pytest.mark.parametrize("stage", ["vae", "dit"])
-def test_resume_equals_no_interruption(home, blocks, monkeypatch, stage, how):
-    """To the bit, and with every line of metrics once, whether the last step was saved or not."""
-    kind = dict(vae="causal_vae", dit="cola_dlm")[stage]
-    program = dict(vae=train_vae, dit=train_dit)[stage]
-    last, metrics = blocks / f"{stage}_last.pt", blocks / f"{stage}.jsonl"
-    whole, lines = load_checkpoint(last, kind, ""), metrics.read_text()
-    with monkeypatch.context() as m:
-        interrupt(m, how)
-        with pytest.raises(Killed if how == "killed" else SystemExit):
-            program(home, blocks, "--overwrite")
-    saved_step = load_checkpoint(last, kind, "")["step"]
-    assert saved_step == (2 if how == "killed" else 3)
-    program(home, blocks, "--resume")
-    resumed = load_checkpoint(last, kind, "")
-    assert resumed["step"] == 4
-    for part in ("model", "average"):
-        for name, value in whole[part].items():
-            assert torch.equal(value, resumed[part][name]), (part, name)
-    assert {"AdamW", "Muon"} & whole.keys()
-    for optimizer in {"AdamW", "Muon"} & whole.keys():
-        assert str(whole[optimizer]) == str(resumed[optimizer])
-    assert metrics.read_text() == lines
 
 
 def test_training_of_blocks_learns(home, tmp_path):

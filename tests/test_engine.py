@@ -1406,10 +1406,21 @@ def whole(request, inputs, tmp_path_factory):
     return loop, out
 
 
-@pytest.mark.parametrize("how", INTERRUPTIONS)
+@pytest.mark.parametrize("how", ["killed", "stopped"])
 def test_resume_equals_no_interruption(whole, how, inputs, tmp_path, quick):
-    """To the bit, and with each line of metrics once, whether the last step was saved or is done
-    again."""
+    check_resumed(whole, how, inputs, tmp_path)
+
+
+# One whose evaluation changes nothing, one that standardises latents, one that keeps the latest.
+@pytest.mark.parametrize("whole", [BY_KIND[k] for k in ("gpt", "vae", "ldlm")], indirect=True)
+@pytest.mark.parametrize("how", [how for how in INTERRUPTIONS if "evaluation" in how])
+def test_resume_equals_no_interrupted_evaluation(whole, how, inputs, tmp_path, quick):
+    check_resumed(whole, how, inputs, tmp_path)
+
+
+def check_resumed(whole, how, inputs, tmp_path):
+    """A resumed run equals an undisturbed one to the bit, and has each line of metrics once,
+    whether the last step was saved or is done again."""
     loop, out = whole
     options = ["--max_steps=4", "--eval_interval=2"]
     run_type, error, words, saved = INTERRUPTIONS[how]
