@@ -36,15 +36,18 @@ def next_commands(out, meta):
     out: as the user wrote it. meta: the content of its meta.json.
     """
     # The folder of the corpus, and one for its checkpoints.
-    folders = [f"--data={shlex.quote(str(out))}", f"--out={shlex.quote(f'out/{out.name}')}"]
+    name = out.resolve().name
+    folders = [f"--data={shlex.quote(str(out))}", f"--out={shlex.quote(f'out/{name}')}"]
     if meta["vocab_size"] > LARGE_VOCABULARY:
         return "\n".join(["\nTo train on it, on a GPU:\n", *commands_for_a_gpu(folders)])
-    if meta["layout"] == "documents":
-        return "\n".join(["\nTo train on it:\n", *commands_for_documents(folders)])
+    if torch.backends.mps.is_available():
+        folders.append("--device=cpu")  # untried on the GPU of a Mac
     tokens = min(meta["tokens"].values())
+    if meta["layout"] == "documents" and tokens > min(meta["longest"], TINY["block_size"]):
+        return "\n".join(["\nTo train on it:\n", *commands_for_documents(folders)])
     # A row of the GPT has one token more.
     row = min(TEXT_ROW, tokens - 1)
-    if row < 8:
+    if row < 8 or meta["layout"] == "documents":
         return f"\nIt is too short to train on: one split has only {tokens} tokens."
     per_step = seconds_of_step(meta["vocab_size"], row)
     fitting = int(DIT_SECONDS / (DIT_OVER_GPT * per_step)) // 100 * 100
@@ -52,8 +55,6 @@ def next_commands(out, meta):
     seconds = per_step * (GPT_STEPS + VAE_OVER_GPT * VAE_STEPS + DIT_OVER_GPT * steps)
     lines = [f"\nTo train on it, about {minutes(seconds)} on this machine:\n"]
     lines += commands_for_text(folders, row, steps, beginning(out))
-    if meta["documents"]["train"] < 10:
-        lines.append("\nIf each line is a text of its own, prepare it again with --lines.")
     return "\n".join(lines)
 
 
@@ -73,7 +74,7 @@ def commands_for_text(folders, row, steps, prompt):
         command("baselines/gpt.py", *shared, f"--max_steps={GPT_STEPS}"),
         command("variants/cola_dlm.py", "vae", *shared, f"--max_steps={VAE_STEPS}"),
         command("variants/cola_dlm.py", "dit", *shared, "--latent_block=4", f"--max_steps={steps}"),
-        command("sample.py", folders[1], prompt, "--length=300"),
+        command("sample.py", *folders[1:], prompt, "--length=300"),
     ]
 
 
@@ -83,7 +84,7 @@ def commands_for_documents(folders):
         command("baselines/gpt.py", *folders),
         command("train_vae.py", *folders),
         command("train_dit.py", *folders),
-        command("sample.py", folders[1], "--n=5"),
+        command("sample.py", *folders[1:], "--n=5"),
     ]
 
 
@@ -94,7 +95,7 @@ def commands_for_a_gpu(folders):
     return [
         command("train_vae.py", *folders, vae),
         command("train_dit.py", *folders, dit),
-        command("sample.py", folders[1], "--n=4"),
+        command("sample.py", *folders[1:], "--n=4"),
     ]
 
 
@@ -109,7 +110,8 @@ def beginning(out):
 
 def seconds_of_step(vocab_size, row):
     """Returns the seconds of a training step of the GPT, from the fastest of a few small steps."""
-    device, autocast = pick_device("auto", row)
+    name = "cuda" if torch.cuda.is_available() else "cpu"
+    device, autocast = pick_device(name, row)
     config = TransformerConfig(**TINY | dict(block_size=row + 1, vocab_size=vocab_size))
     gpt = GPT(config).to(device)
     rows = TEXT_BATCH // SMALLER

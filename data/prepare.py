@@ -17,7 +17,7 @@ Each .bin file is an array of token ids: uint16, or uint32 if the vocabulary nee
 end-of-text token follows each document. Files are read as a stream, once. All CPU cores encode.
 
 A hash of its text decides whether a document belongs to train or to val, so the order of the
-documents has no influence. If there are few documents, the end of the last ones is val.
+documents has no influence. If the first 100 MB hold few documents, the end of all is val.
 """
 
 import argparse
@@ -38,12 +38,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.advice import next_commands
 from data.bpe import train_bpe
 from data.embedded import EMBEDDED
-from data.reading import Reader
+from data.reading import OUTPUTS, Reader, plural
 from engine.corpus import load_encoding
 from engine.script import UserError, lock, run_script
 
 GPT2 = {"encoding": "gpt2", "vocab_size": 50257, "eot": 50256}
-OUTPUTS = ("train.bin", "val.bin", "meta.json")
 
 SMALL = 100 << 20  # characters. A text of up to this size gets a BPE of its own.
 FEW = 100  # documents. So few are not divided by their hashes.
@@ -198,15 +197,15 @@ def cut_off_val(paths, dtype, eot, val_fraction, is_between_documents):
     Returns count: see BinWriter. Raises UserError if there is no place to cut.
     """
     tokens = np.memmap(paths["train"], dtype, "r")
-    places = np.arange(1, len(tokens))
+    cut = min(max(round(len(tokens) * (1 - val_fraction)), 1), len(tokens) - 1)
     if is_between_documents:
-        places = np.flatnonzero(tokens[:-1] == eot) + 1
-    if not len(places):
-        raise UserError(
-            "there is only one document, and val needs one too; give --val=FILE, or --layout=stream"
-        )
-    wanted = round(len(tokens) * (1 - val_fraction))
-    cut = places[np.abs(places - wanted).argmin()]
+        ends = np.flatnonzero(tokens[:-1] == eot) + 1
+        if not len(ends):
+            raise UserError(
+                "there is only one document, and val needs one too; "
+                "give --val=FILE, or --layout=stream"
+            )
+        cut = ends[np.abs(ends - cut).argmin()]
     parts = {"train": tokens[:cut], "val": tokens[cut:]}
     count = {}
     for split, part in parts.items():
@@ -291,6 +290,9 @@ def find_embedded(paths):
     """
     name = paths[0]
     if len(paths) > 1 or name not in EMBEDDED:
+        for path in paths:
+            if path in EMBEDDED and not Path(path).exists():
+                raise UserError(f"{path} is an embedded corpus, which is prepared by itself")
         return None
     here = Path(name).resolve()
     if here.exists() and here.parent != Path(__file__).resolve().parent.parent:
@@ -446,6 +448,23 @@ def length_of_share(lengths, share):
     return int(table[row, 0])
 
 
+def spare_other_corpus(out, args):
+    """Raises UserError if out holds files that the user may not know to be there."""
+    if not (out / "train.bin").exists():
+        return
+    if not (out / "meta.json").exists():
+        raise UserError(f"{out} holds a train.bin of another program; give another --out")
+    try:
+        source = json.loads((out / "meta.json").read_text())["source"]
+    except (ValueError, KeyError, TypeError):
+        return  # damaged
+    if not args.out and source != args.paths:
+        raise UserError(
+            f"{out} holds a corpus of {', '.join(map(str, source))}; give --out={out} to replace "
+            "it, or another --out"
+        )
+
+
 def temporary_path(path):
     """Returns the path of the file that is to replace path. If path is a link, it stays one."""
     return Path(f"{os.path.realpath(path)}.tmp")
@@ -467,7 +486,8 @@ def print_report(meta, seconds, readers):
         f"{total:,} tokens in {seconds:.1f} seconds, {total / seconds / 1e6:.2f} million a second"
     )
     for split, tokens in meta["tokens"].items():
-        print(f"{split}: {meta['documents'][split]:,} documents, {tokens:,} tokens")
+        documents = plural(meta["documents"][split], "document")
+        print(f"{split}: {documents}, {plural(tokens, 'token')}")
     for reader in readers:
         for line in reader.report():
             print(line)
@@ -492,7 +512,11 @@ def prepare(args, out, train, val):
     start_of_bpe = time.time()
     tokenizer = make_tokenizer(args, first, is_all)
     seconds_of_bpe = time.time() - start_of_bpe
-    print(f"prepare: {tokenizer['encoding']} of {tokenizer['vocab_size']} tokens -> {out}")
+    print(
+        f"prepare: {tokenizer['encoding']} of {tokenizer['vocab_size']} tokens "
+        f"(after {seconds_of_bpe:.1f} seconds) -> {out}",
+        flush=True,
+    )
     meta = write_bins(out, args, tokenizer, itertools.chain(first, rest), val)
     meta = tokenizer | meta | dict(source=args.paths, unicode=unicodedata.unidata_version)
     seconds = time.time() - start - seconds_of_bpe
@@ -508,10 +532,12 @@ def main():
     out = output_folder(args)
     train, val = open_sources(args)
     is_new = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder --out={out} ({error})") from None
     lock(out)
-    if (out / "train.bin").exists() and not (out / "meta.json").exists():
-        raise UserError(f"{out} holds a train.bin of another program; give another --out")
+    spare_other_corpus(out, args)
     try:
         meta, seconds = prepare(args, out, train, val)
     except OSError as error:
@@ -519,6 +545,8 @@ def main():
     finally:
         remove_leftovers(out, is_new)
     print_report(meta, seconds, [source for source in (train, val) if isinstance(source, Reader)])
+    if isinstance(train, Reader) and train.has_one_text():
+        print("If each line is a text of its own, prepare it again with --lines.")
     print(next_commands(out, meta))
 
 

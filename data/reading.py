@@ -8,6 +8,7 @@ open, unwrap, decode, split.
 import bz2
 import codecs
 import functools
+import io
 import itertools
 import json
 import lzma
@@ -29,7 +30,7 @@ from engine.script import UserError
 PIECE = 1 << 20  # characters of text in a piece of a document
 READ = 1 << 16  # bytes per read
 HEAD = 1 << 16  # bytes at the beginning of a file that decide what it is
-FIRST_LINE = 1 << 24  # characters of a first line that decide whether it is JSON
+FIRST_LINES = 1 << 24  # characters of the first lines that decide whether they are JSON
 
 SEPARATOR = "<|endoftext|>"  # divides documents in text files
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -98,6 +99,10 @@ class Reader:
         for real_path in other.files:
             self.files.pop(real_path, None)
 
+    def has_one_text(self):
+        """Returns whether all that was read is one text without separators."""
+        return self.kinds == {"text": 1}
+
     def files_under(self, folder):
         """Yields the paths of files under a folder, always in the same order. Follows links."""
 
@@ -152,6 +157,8 @@ class Reader:
                         stream = Stream(counted, counted if file.seekable() else None)
                         yield from self.read(path, stream, is_named)
                 except DAMAGE as error:
+                    if getattr(error, "errno", None):  # of the system: no permission, a full disk
+                        raise UserError(f"cannot read {path} ({error})") from None
                     reason = f"{type(error).__name__}: {error}"
                     raise UserError(
                         f"{path} is broken, cut off or unreadable ({reason}); fetch it again"
@@ -183,7 +190,9 @@ class Reader:
         elif not is_binary(head):
             yield from self.read_text(name, suffix, stream, is_named)
         elif is_named:
-            raise UserError(f"{name} is no text (UTF-16 text needs a byte order mark)")
+            raise UserError(
+                f"{name} is no text; save it as plain text (UTF-16 needs a byte order mark)"
+            )
         else:
             self.left_out["binary"].append(name)
 
@@ -198,12 +207,12 @@ class Reader:
 
     def read_text(self, name, suffix, stream, is_named):
         """Yields the pieces of a file of text or JSON. Raises UserError if it is misread."""
-        first_line, pieces = peek_line(self.decode(name, stream))
-        is_json = suffix in JSON_SUFFIXES or text_of_json(parse_json(first_line)) is not None
-        usable = Counter()
+        first_lines, pieces = peek_lines(self.decode(name, stream))
+        is_json = suffix in JSON_SUFFIXES or are_json(first_lines)
+        lines = Counter()  # "usable" and "unusable"
         if is_json:
-            is_array = suffix == ".json" and first_line.startswith("[")
-            documents = split_json(pieces, is_array, usable)
+            is_array = suffix == ".json" and "".join(first_lines).lstrip().startswith("[")
+            documents = split_json(pieces, is_array, lines)
         else:
             documents = split_text(pieces, self.lines)
         count = 0
@@ -211,16 +220,17 @@ class Reader:
             count += is_end
             yield text, is_end
 
-        if usable[False] and not usable[True] and suffix == ".json" and not is_named:
+        unusable = lines["unusable"]
+        if unusable and not lines["usable"] and suffix == ".json" and not is_named:
             self.left_out["JSON without a text"].append(name)
             return
-        if usable[False] > usable[True]:
+        if unusable > lines["usable"]:
             raise UserError(
-                f"{usable[False]} of {usable.total()} lines of {name} are no JSON objects with a "
-                'field "text"; give a text file another name, such as X.txt'
+                f"{name} is no text in JSON: {unusable} of {plural(lines.total(), 'line')} are no "
+                'objects with a field "text"; rename the field, or a file of text to X.txt'
             )
-        if usable[False]:
-            self.skipped[name] = usable[False]
+        if unusable:
+            self.skipped[name] = unusable
         if not count:
             self.left_out["empty"].append(name)
             return
@@ -235,6 +245,8 @@ class Reader:
         encoding, mark = encoding_of(stream.head())
         stream.read(len(mark))
         decoder = codecs.getincrementaldecoder(encoding)("replace_and_count")
+        # Any line end becomes "\n".
+        decoder = io.IncrementalNewlineDecoder(decoder, translate=True)
         is_end = False
         while not is_end:
             data = stream.read(READ)
@@ -488,15 +500,20 @@ codecs.register_error("replace_and_count", replace_and_count)
 # Text
 
 
-def peek_line(pieces):
-    """Returns the first line that is not blank, and an iterator over all pieces."""
+def peek_lines(pieces):
+    """Returns the first two lines that are not blank, or fewer, and an iterator over all pieces."""
     head = ""
     for piece in pieces:
         head += piece
-        if "\n" in head.lstrip() or len(head) > FIRST_LINE:
+        if head.lstrip().count("\n") > 1 or len(head) > FIRST_LINES:
             break
-    line, _, _ = head.lstrip().partition("\n")
-    return line, itertools.chain([head], pieces)
+    lines = [line for line in head.split("\n") if line and not line.isspace()]
+    return lines[:2], itertools.chain([head], pieces)
+
+
+def are_json(lines):
+    """Returns whether each line is a JSON object with a text, and there is one."""
+    return bool(lines) and all(text_of_json(parse_json(line)) is not None for line in lines)
 
 
 def split_text(pieces, lines):
@@ -530,15 +547,15 @@ def split_text(pieces, lines):
         yield from pieces_of(buffer)
 
 
-def split_json(pieces, is_array, usable):
+def split_json(pieces, is_array, counts):
     """Yields the documents of lines of JSON, or of one array, as pairs (text, is_end).
 
-    usable: a Counter that gets the numbers of usable (True) and unusable (False) values.
+    counts: a Counter that gets the numbers of "usable" and "unusable" values.
     """
     values = values_of_array(pieces) if is_array else map(parse_json, lines_of(pieces))
     for value in values:
         text = text_of_json(value)
-        usable[text is not None] += 1
+        counts["unusable" if text is None else "usable"] += 1
         if text:
             yield from pieces_of(text)
 
@@ -554,8 +571,8 @@ def pieces_of(text):
 def cut(text):
     """Yields a text in pieces of at most PIECE characters, and last what remains.
 
-    Cuts after a line end, else before a space, else anywhere but within a separator. The last piece
-    may be longer: it holds a visible character, and what may be the beginning of a separator.
+    Cuts after a line end, else before a space, else anywhere. The last piece may be longer: it
+    holds a visible character, and what may be the beginning of a separator.
     """
     start = 0
     stop = 0
@@ -568,9 +585,6 @@ def cut(text):
             place = text.rfind(" ", start + 1, end)
         if place < 0:
             place = end
-            separator = text.find(SEPARATOR, max(end - len(SEPARATOR), start), end + len(SEPARATOR))
-            if start < separator < end:
-                place = separator
         yield text[start:place]
         start = place
     yield text[start:]

@@ -150,6 +150,8 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
             lock(self.out)
+        if cfg.resume and cfg.overwrite:
+            raise UserError("--resume and --overwrite exclude each other")
         if cfg.resume:
             self.resume()
         elif not cfg.overwrite:
@@ -212,10 +214,10 @@ class Run:
             while self.step < self.cfg.max_steps:
                 # A signal to any process stops all of them after the same step.
                 if self.sum_of_all(torch.tensor(len(self.signals))):
-                    if not self.is_due:  # else it is saved, and its evaluation was not whole
+                    if not self.is_due:  # else it was saved before the evaluation
                         self.save()
                     break
-                yield self.step
+                yield self.step  # until end_step has counted it
                 is_last = self.step == self.cfg.max_steps
                 is_time = is_last or self.step % self.cfg.eval_interval == 0
                 self.is_due = is_time and self.rank == 0
@@ -320,7 +322,12 @@ class Run:
         )
 
     def write(self, **line):
-        print(json.dumps(line), file=self.log, flush=True)
+        try:
+            print(json.dumps(line), file=self.log, flush=True)
+        except OSError as e:
+            raise UserError(
+                f"cannot write {self.metrics} ({e}); --resume goes on from the last checkpoint"
+            ) from None
         self.lines += 1
 
     def estimate_time(self):

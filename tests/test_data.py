@@ -173,7 +173,7 @@ def test_text_files_and_val_files(tmp_path):
     for i in range(5):
         content = f"file {i} äöü\r\n\n".encode() * 9
         (tmp_path / "txt" / f"{i}.txt").write_bytes(content)
-        expected.append(content)
+        expected.append(content.replace(b"\r", b""))
     (tmp_path / "val.txt").write_text("file of val")
     options = ["--encoding=bpe", "--vocab_size=264"]
     prepare(tmp_path / "txt", "--val", tmp_path / "val.txt", "--out", tmp_path / "out", *options)
@@ -311,6 +311,16 @@ def test_a_large_text_gets_gpt2s_bpe_if_it_is_there(book, tmp_path, monkeypatch,
     assert sum(meta_of(tmp_path / "out")["tokens"].values()) > len(whole) / 10
 
 
+@pytest.mark.parametrize("lines", [3, 300])
+def test_documents_that_fill_no_row_get_no_commands(tmp_path, capsys, lines):
+    (tmp_path / "a.txt").write_text("".join(f"line {i} of a few words\n" for i in range(lines)))
+    prepare(tmp_path / "a.txt", "--lines", "--out", tmp_path / "out")
+    said = capsys.readouterr().out
+    assert ("too short to train on" in said) == (lines == 3)
+    assert bool(commands_in(said)) == (lines == 300)
+    assert "with --lines" not in said
+
+
 def test_a_text_of_a_few_letters_is_said_to_be_too_short(tmp_path, capsys):
     (tmp_path / "a.md").write_text("plain text\n")
     prepare(tmp_path / "a.md", "--out", tmp_path / "out")
@@ -392,6 +402,21 @@ def test_links_to_outputs_stay_links(book, tmp_path):
     assert (tmp_path / "out/train.bin").is_symlink()
     assert (tmp_path / "large disk/train.bin").stat().st_size > 1000
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_another_corpus_of_the_same_name_is_replaced_only_where_asked(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "input.txt").write_text(f"a text of {folder} " * 99)
+    prepare("a/input.txt")
+    words = "holds a corpus of a/input.txt"
+    refuse(capsys, words, "data/prepare.py", "b/input.txt", keep=tmp_path / "data")
+    prepare("a/input.txt")
+    prepare("b/input.txt", "--out=data/input")
+    assert b"a text of b" in read_back(tmp_path / "data/input")[0]
 
 
 def test_the_files_of_another_program_stay(book, tmp_path, capsys):
@@ -585,7 +610,7 @@ def cut_gz(folder, tmp_path):
 
 BROKEN = "broken, cut off"
 NO_DOCUMENT = "no usable document"
-MISREAD = "are no JSON objects"
+MISREAD = "is no text in JSON"
 BAD_FILES = {
     "cut.jsonl.zst": (cut_zst, BROKEN),
     "bad.jsonl.zst": (bad_zst, BROKEN),
@@ -623,6 +648,8 @@ def test_bad_options_are_refused_and_nothing_is_changed(prepared, tmp_path, caps
     }
     for options, words in bad.items():
         refuse(capsys, words, "data/prepare.py", good, *where, *options.split(), keep=out)
+    refuse(capsys, "names is an embedded corpus", "data/prepare.py", good, "names", keep=out)
+    refuse(capsys, "cannot make the folder", "data/prepare.py", good, f"--out={good}", keep=out)
     refuse(capsys, "--lines is for", "data/prepare.py", "names", "--lines", *where, keep=out)
 
 

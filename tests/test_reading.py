@@ -125,13 +125,13 @@ def test_every_wrapper_gives_the_same_documents(tmp_path, archive, suffix):
         # A second archive around it, and no suffix that tells what it is.
         inner = {f"x{archive}": data}
         write(tmp_path / "outer.tgz", gzip.compress(tar_of(inner)))
-        assert read(tmp_path / "outer.tgz") == [*DOCUMENTS, "some text\r\n"]
+        assert read(tmp_path / "outer.tgz") == [*DOCUMENTS, "some text\n"]
         write(tmp_path / "no_suffix", data)
-        assert read(tmp_path / "no_suffix") == [*DOCUMENTS, "some text\r\n"]
+        assert read(tmp_path / "no_suffix") == [*DOCUMENTS, "some text\n"]
     else:
         for name, data in members.items():
             write(tmp_path / "in" / name, data)
-    assert read(tmp_path / "in") == [*DOCUMENTS, "some text\r\n"]
+    assert read(tmp_path / "in") == [*DOCUMENTS, "some text\n"]
 
 
 @pytest.mark.parametrize("suffix", COMPRESSIONS)
@@ -160,7 +160,7 @@ def test_text_is_text_whatever_its_name(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.NDJSON", "a.json", "a", "a.txt"])
 @pytest.mark.parametrize("before", ["", "\n \n"])
-def test_lines_of_json_are_known_by_their_name_or_their_first_line(tmp_path, name, before):
+def test_lines_of_json_are_known_by_their_name_or_their_first_lines(tmp_path, name, before):
     texts = ["a\u2028b\x85c\x0b", "x" * 100000, *DOCUMENTS, SEPARATOR, " ", "\n\n"]
     found = []
     for text in texts:
@@ -202,13 +202,13 @@ MISREAD = {
 @pytest.mark.parametrize("name", MISREAD)
 def test_misread_formats_are_refused(tmp_path, name):
     write(tmp_path / name, MISREAD[name])
-    assert "are no JSON objects with a field" in refusal(tmp_path / name)
+    assert "are no objects with a field" in refusal(tmp_path / name)
     write(tmp_path / "good.txt", "good")
     if name.endswith(".json"):  # in a folder it may be anything
         assert read(tmp_path) == ["good"]
         assert "1 JSON without a text" in report_of(tmp_path)
     else:
-        assert "are no JSON objects with a field" in refusal(tmp_path)
+        assert "are no objects with a field" in refusal(tmp_path)
 
 
 def test_single_unusable_lines_are_skipped_and_counted(tmp_path):
@@ -243,12 +243,13 @@ def test_pieces_of_any_size_give_the_same_documents(tmp_path, monkeypatch, piece
     write(tmp_path / "d.tar", tar_of({"a": separated.encode()}))
     monkeypatch.setattr(reading, "PIECE", piece)
     monkeypatch.setattr(reading, "READ", piece)
+    assert read(tmp_path / "b.jsonl") == [SEPARATOR, *texts]
+    texts = [text.replace("\r\n", "\n") for text in texts]
     for name in ("a.txt", "c.gz", "d.tar"):
         assert read(tmp_path / name) == texts
-    assert read(tmp_path / "b.jsonl") == [SEPARATOR, *texts]
     expected = []
     for text in texts:
-        expected += [line.rstrip("\r") for line in text.split("\n") if line.strip()]
+        expected += [line for line in text.split("\n") if line.strip()]
     assert read(tmp_path / "a.txt", lines=True) == expected
 
 
@@ -267,12 +268,20 @@ def test_long_documents_come_in_pieces(tmp_path, monkeypatch):
         assert [p for p in pieces if SEPARATOR in p] == [p for p in pieces if "<|" in p]
 
 
-def test_a_text_file_is_one_document_as_it_is(tmp_path):
+def test_a_text_file_is_one_document_with_plain_line_ends(tmp_path):
     text = "\n\r\n first\u2028" + "line\n" * 500000 + "end \r\n\n"
     write(tmp_path / "a.txt", text)
     found, reader = documents(tmp_path / "a.txt")
-    assert found == [text]
-    assert reader.kinds == {"text": 1}
+    assert found == [text.replace("\r\n", "\n")]
+    assert reader.has_one_text()
+    write(tmp_path / "old.txt", "an old\rMac's\r")
+    assert read(tmp_path / "old.txt") == ["an old\nMac's\n"]
+
+
+def test_a_text_may_begin_with_a_line_of_json(tmp_path):
+    text = '{"text": "one"}\nis a line of JSON.\nAnd this is none.'
+    write(tmp_path / "a.txt", text)
+    assert read(tmp_path / "a.txt") == [text]
 
 
 def test_separators_divide_documents(tmp_path):
