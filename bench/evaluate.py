@@ -58,6 +58,7 @@ from bench.metrics import (
     score,
     words_and_pairs,
 )
+from bench.ngram import WordModel
 from bench.report import commit, machine, report_of
 from bench.systems import References, make_system
 from engine.checkpoint import build, load_gpt_state, write_whole
@@ -193,6 +194,8 @@ class Measured(NamedTuple):
     evaluations: float  # of a network, for a text
     seconds: float  # of the writing alone
     nll: np.ndarray  # (n,), in nats
+    word_nll: np.ndarray  # (n,), in nats, by counts of words
+    word_count: np.ndarray  # (n,)
     features: np.ndarray  # (n, E)
     tokens: np.ndarray  # (n,), numbers of tokens
     words: list  # n arrays of tokens, without the end-of-text
@@ -217,12 +220,13 @@ class Judge:
         half = len(lines) // 2
         self.choosing = slice(0, half)
         self.reporting = slice(half, None)
+        self.training = TrainingText(corpus)
+        self.word_model = WordModel(self.training.documents)
         self.clusters = min(options.clusters, half // 4)  # the same for halves as for wholes
         self.truth = self.measure(References(), {})
         # Half of what real text has: all of it would not be a draw.
         self.count_of_words = sum(len(x) for x in self.truth.words[self.choosing]) // 2
         self.count_of_pairs = sum(len(x) for x in self.truth.pairs[self.choosing]) // 2
-        self.training = TrainingText(corpus)
 
     def write(self, system, knob):
         """(text, whether it ended) for all lines, each cut to the room that a row leaves after its
@@ -254,12 +258,15 @@ class Judge:
             self.evaluator, self.tokenizer, prompts, texts, self.autocast
         )
         words, pairs = words_and_pairs(rows, self.tokenizer["eot"])
+        word_nll, word_count = self.word_model.score(prompts, texts)
         return Measured(
             texts=[text for text, _ in texts],
             ended=[ended for _, ended in texts],
             evaluations=evaluations,
             seconds=seconds,
             nll=nll,
+            word_nll=word_nll,
+            word_count=word_count,
             features=features,
             tokens=np.array([len(row) for row in rows]),
             words=words,
@@ -267,10 +274,12 @@ class Judge:
         )
 
     def point(self, measured, part):
-        """NLL per token and entropy of a half of the prompts."""
+        """NLL per token by the GPT, NLL per word by counts, and entropy, of a half of the
+        prompts."""
         nll = float(measured.nll[part].sum() / max(measured.tokens[part].sum(), 1))
+        by_words = float(measured.word_nll[part].sum() / max(measured.word_count[part].sum(), 1))
         spread, _ = at_equal_count(entropy, measured.words[part], self.count_of_words, self.rng)
-        return dict(nll=nll, entropy=spread)
+        return dict(nll=nll, nll_word=by_words, entropy=spread)
 
     def judge(self, system, bar):
         """Tries all settings of a system. Returns its row of the table, its points of the frontier
@@ -309,6 +318,7 @@ class Judge:
 
         # The order of these lines is that of the random draws.
         row = dict(nll=interval(nll, rng, tokens), nll_byte=interval(nll, rng, size))
+        row["nll_word"] = interval(measured.word_nll[part], rng, measured.word_count[part])
         words = measured.words[part]
         row["entropy"] = at_equal_count(entropy, words, self.count_of_words, rng)
         pairs = measured.pairs[part]
@@ -382,9 +392,11 @@ def judge_all(judge, systems, ours):
                 frontier[name] = points
     real = judge.point(judge.truth, judge.reporting)
     nll_at_real_entropy = {}
+    nll_word_at_real_entropy = {}
     differences = {}
     for name, points in frontier.items():
-        nll_at_real_entropy[name] = at_entropy(points, real["entropy"])
+        nll_at_real_entropy[name] = at_entropy(points, real["entropy"], "nll")
+        nll_word_at_real_entropy[name] = at_entropy(points, real["entropy"], "nll_word")
         differences[name] = {}
         for other in ours:
             if other != name:
@@ -395,6 +407,7 @@ def judge_all(judge, systems, ours):
         frontier=frontier,
         real=real,
         nll_at_real_entropy=nll_at_real_entropy,
+        nll_word_at_real_entropy=nll_word_at_real_entropy,
         differences=differences,
         texts=texts,
     )
@@ -402,7 +415,6 @@ def judge_all(judge, systems, ours):
 
 def main():
     (options,) = command_line(__doc__, EvalConfig)
-    sys.stdout.reconfigure(errors="replace")
     device, _ = pick_device(options.device)
     name_evaluator(options)
     corpus = Corpus(options.data, "val", 1024)

@@ -333,12 +333,12 @@ def curves_of(points):
     return curves
 
 
-def at_entropy(points, wanted):
-    """NLL per token where the best curve through points has the wanted entropy. None where none has
-    it."""
+def at_entropy(points, wanted, key):
+    """The NLL of this key where the best curve through points has the wanted entropy. None where
+    none has it."""
     values = []
     for curve in curves_of(points).values():
         entropies = [point["entropy"] for point in curve]
         if entropies[0] <= wanted <= entropies[-1]:
-            values.append(np.interp(wanted, entropies, [point["nll"] for point in curve]))
+            values.append(np.interp(wanted, entropies, [point[key] for point in curve]))
     return float(min(values)) if values else None

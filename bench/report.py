@@ -13,6 +13,7 @@ COLUMNS = (
     "knobs",
     "NLL/token",
     "NLL/byte",
+    "NLL/word by counts",
     "entropy",
     "distinct-2",
     "MAUVE",
@@ -78,6 +79,7 @@ def cells_of(name, row):
         " ".join(f"{key} {value:g}" for key, value in row["knob"].items()),
         cell(row["nll"], 2),
         cell(row["nll_byte"], 2),
+        cell(row["nll_word"], 2),
         cell(row["entropy"], 2),
         cell(row["distinct_2"]),
         cell(row["mauve"]),
@@ -100,12 +102,12 @@ def frontier_lines(result, ours):
     lines = [
         "",
         "Frontier: NLL a token at the entropy of real text (which has "
-        f"{real['nll']:.2f} at {real['entropy']:.2f}), and its perplexity as a multiple of the "
-        "first GPT's. Then how much more NLL a token, and (ROUGE-1), a row has than a column, at "
+        f"{real['nll']:.2f} at {real['entropy']:.2f}), its perplexity as a multiple of the first "
+        f"GPT's, and NLL a word by counts there (real text: {real['nll_word']:.2f}). Then how much more NLL a token, and (ROUGE-1), a row has than a column, at "
         "the chosen knobs, paired by prompt:",
         "",
-        "| " + row_of(["NLL there", "perplexity", *[f"than {name}" for name in ours]]),
-        "|---|---|---|" + "---|" * len(ours),
+        "| " + row_of(["NLL there", "perplexity", "by counts", *[f"than {name}" for name in ours]]),
+        "|---|---|---|---|" + "---|" * len(ours),
     ]
     base = nll_of_first_gpt(result)
     for name, nll in result["nll_at_real_entropy"].items():
@@ -114,7 +116,9 @@ def frontier_lines(result, ours):
         if nll is not None and base is not None:
             times = f"{math.exp(nll - base):.2f} x"
         cells = [difference_cell(result["differences"][name].get(other)) for other in ours]
-        lines.append(row_of([name, there, times, *cells]))
+        by_counts = result["nll_word_at_real_entropy"][name]
+        by_counts = "" if by_counts is None else f"{by_counts:.2f}"
+        lines.append(row_of([name, there, times, by_counts, *cells]))
     return lines
 
 

@@ -48,7 +48,7 @@ fi
 
 # once FOLDER SCRIPT OPTIONS...
 # Runs a training script that writes to FOLDER, unless it was done before. SCRIPT may have a first
-# argument. FOLDER/SCRIPT.done has the seconds that it took.
+# argument. FOLDER/SCRIPT.done has the seconds that it took. What a stopped run left is replaced.
 once() {
     local folder=$1 script=$2 start=$SECONDS
     local mark=$folder/$(basename "${script// /_}").done
@@ -56,7 +56,7 @@ once() {
     if [ -f $mark ]; then
         return
     fi
-    python $script --data=$data --out=$folder "$@"
+    python $script --data=$data --out=$folder --overwrite "$@"
     echo $((SECONDS - start)) > $mark
 }
 

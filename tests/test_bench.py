@@ -1,11 +1,13 @@
 """Properties of bench/: what the judge makes of texts that are bad in a known way, and speeds."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
 
+from bench.ngram import WordModel
 from tests.helpers import load, refuse, run_module, script, write_jsonl
 from textldm import GPT, TransformerConfig
 
@@ -90,6 +92,38 @@ def test_what_does_not_follow_is_improbable_and_what_has_no_order_is_more_so(sys
     assert 1.5 * nll["real"] < nll["other"]
     assert nll["other"] < nll["prompt"] < nll["unigram"]
     assert nll["tokens"] > nll["real"] + 1
+
+
+def test_counts_of_words_rank_as_the_gpt_does_and_know_no_long_range(systems):
+    nll = {name: row["nll_word"][0] for name, row in systems.items()}
+    assert abs(nll["gpt"] - nll["real"]) < 0.3
+    assert nll["real"] + 0.5 < nll["unigram"] < nll["tokens"]
+
+
+def test_counts_of_words_are_a_distribution():
+    documents = ["the cat sat", "the cat ran", "a dog sat"] * 3
+    model = WordModel(documents)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    seen = ["the", "cat", "sat", "ran", "a", "dog"]
+    for before in ((), ("the",), ("the", "cat"), ("unknown",)):
+        known = sum(model.words.probability((*before, word), len(before)) for word in seen)
+        end = model.words.probability((*before, None), len(before))
+        assert 0.5 < known + end < 1, "unknown words have the rest"
+    after = [model.letters.probability(("c", letter), 1) for letter in letters]
+    assert 0.5 < sum(after) < 1
+
+
+def test_counts_of_words_tell_what_follows():
+    model = WordModel(["the cat sat", "the cat ran", "a dog sat"] * 3)
+    prompts = ["the cat ", "the cat ", "the cat ", "the c"]
+    texts = [("ran", False), ("dog", False), ("xqzk", False), ("at", False)]
+    nats, count = model.score(prompts, texts)
+    assert count.tolist() == [1, 1, 1, 1]
+    assert nats[0] < nats[1] < nats[2]
+    assert nats[0] == pytest.approx(-math.log(model.words.probability(("the", "cat", "ran"), 2)))
+    assert nats[3] < 1, "cat begins in the prompt"
+    ended, count = model.score(["the cat "], [("ran", True)])
+    assert count[0] == 2 and ended[0] > nats[0]
 
 
 def test_a_trained_model_is_near_real_text(systems):
