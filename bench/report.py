@@ -103,8 +103,9 @@ def frontier_lines(result, ours):
         "",
         "Frontier: NLL a token at the entropy of real text (which has "
         f"{real['nll']:.2f} at {real['entropy']:.2f}), its perplexity as a multiple of the first "
-        f"GPT's, and NLL a word by counts there (real text: {real['nll_word']:.2f}). Then how much more NLL a token, and (ROUGE-1), a row has than a column, at "
-        "the chosen knobs, paired by prompt:",
+        f"GPT's, and NLL a word by counts there (real text: {real['nll_word']:.2f}). Then how much "
+        "more NLL a token, and (ROUGE-1), a row has than a column, at the chosen knobs, paired by "
+        "prompt:",
         "",
         "| " + row_of(["NLL there", "perplexity", "by counts", *[f"than {name}" for name in ours]]),
         "|---|---|---|---|" + "---|" * len(ours),

@@ -306,7 +306,7 @@ def output_folder(args):
     if args.out:
         return Path(args.out).expanduser()
     path = Path(args.paths[0]).expanduser()
-    name = path.name
+    name = "stdin" if path.name == "-" else path.name
     if name in ("", ".."):
         name = path.resolve().name
     return Path("data") / (name.strip(".").split(".")[0] or "text")

@@ -67,7 +67,7 @@ DAMAGE = (
 class Reader:
     """The documents of files and folders, in one pass.
 
-    paths: files, folders and pipes. A file that is reached by two paths is read once.
+    paths: files, folders and pipes; "-" is stdin. A file that is reached by two paths is read once.
     lines: whether each line of a text file is a document.
     kinds: a Counter of the files that were read: "text" (one document), "separated" (several
         documents with separators between them), "lines" and "json".
@@ -76,7 +76,9 @@ class Reader:
     """
 
     def __init__(self, paths, lines=False):
-        self.paths = [os.path.expanduser(path) for path in paths]
+        self.paths = []
+        for path in paths:
+            self.paths.append("/dev/stdin" if path == "-" else os.path.expanduser(path))
         self.lines = lines
         self.files = {}  # real path: (path, whether it is one of paths)
         self.kinds = Counter()

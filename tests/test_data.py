@@ -376,6 +376,12 @@ def test_a_pipe_is_read_once(book, tmp_path):
     assert meta_of(tmp_path / "out")["sha256"] == meta_of(tmp_path / "other")["sha256"]
 
 
+def test_a_dash_is_stdin(book, tmp_path):
+    command = [sys.executable, ROOT / "data/prepare.py", "-"]
+    subprocess.run(command, cwd=tmp_path, input=book.read_bytes(), check=True, capture_output=True)
+    assert b"captain" in read_back(tmp_path / "data/stdin")[0]
+
+
 def test_a_folder_comes_before_the_embedded_corpus_of_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").mkdir()
