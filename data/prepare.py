@@ -33,6 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.advice import next_commands
@@ -320,8 +321,9 @@ def open_sources(args):
     """
     val = Reader([args.val], args.lines) if args.val else None
     if args.embedded:
-        documents = ((text, True) for text in EMBEDDED[args.embedded]())
-        return documents, val
+        print("prepare: names take a few seconds, docs take half a minute", flush=True)
+        bar = tqdm(EMBEDDED[args.embedded](), desc="read", unit=" documents", mininterval=1)
+        return ((text, True) for text in bar), val
     train = Reader(args.paths, args.lines)
     if val:
         train.exclude(val)  # val documents may lie in a folder that is read for train
