@@ -1485,7 +1485,14 @@ def test_more_steps_go_on_with_the_warm_up(home, tmp_path):
     assert rates[4:] == pytest.approx([5 / 4 * rates[3], 6 / 4 * rates[3]])
 
 
-FALLS = [("gpt", 0.97), ("vae", 0.97), ("dit", 0.97), ("masked", 0.99)]
+FALLS = [
+    ("gpt", 0.97),
+    ("vae", 0.97),
+    ("dit", 0.97),
+    ("causal_vae", 0.97),
+    ("cola_dlm", 0.97),
+    ("masked", 0.99),
+]
 
 
 @pytest.mark.parametrize("kind, fall", FALLS)
