@@ -221,7 +221,7 @@ class Judge:
         self.choosing = slice(0, half)
         self.reporting = slice(half, None)
         self.training = TrainingText(corpus)
-        self.word_model = WordModel(self.training.documents)
+        self.word_model = WordModel(self.training.texts)
         self.clusters = min(options.clusters, half // 4)  # the same for halves as for wholes
         self.truth = self.measure(References(), {})
         # Half of what real text has: all of it would not be a draw.

@@ -190,16 +190,16 @@ def words_and_pairs(rows, eot):
 
 
 class TrainingText:
-    """What a system may have copied. tokens: all of it. words and documents: two sets of strings,
-    of its first 16 million tokens."""
+    """What a system may have copied. tokens: all of it. Of its first 16 million tokens: texts, the
+    list of documents in their order, and words and documents, two sets of strings."""
 
     def __init__(self, corpus):
         self.encoding = corpus.encoding
         self.tokens = Corpus(corpus.path.parent, "train", 2).tokens
         text = self.encoding.decode(self.tokens[: 2**24].tolist())
-        documents = text.split("<|endoftext|>")
-        self.words = set(re.findall(r"\w+", " ".join(documents)))
-        self.documents = set(documents)
+        self.texts = text.split("<|endoftext|>")
+        self.words = set(re.findall(r"\w+", " ".join(self.texts)))
+        self.documents = set(self.texts)
 
 
 def copied(texts, prompts, training):

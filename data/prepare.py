@@ -40,10 +40,9 @@ from data.advice import next_commands
 from data.bpe import train_bpe
 from data.embedded import EMBEDDED
 from data.reading import OUTPUTS, Reader, plural
-from engine.corpus import load_encoding
+from engine.checkpoint import temporary_path
+from engine.corpus import GPT2, load_encoding
 from engine.script import UserError, lock, run_script
-
-GPT2 = {"encoding": "gpt2", "vocab_size": 50257, "eot": 50256}
 
 SMALL = 100 << 20  # characters. A text of up to this size gets a BPE of its own.
 FEW = 100  # documents. So few are not divided by their hashes.
@@ -107,15 +106,15 @@ class BinWriter:
         self.count = {"train": [0, 0], "val": [0, 0]}
         self.lengths = collections.Counter()
         self.length = 0  # tokens of the current document
-        self.splits = []  # the split of each piece in the current block
+        self.marks = []  # the split and is_end of each piece in the current block
         self.pieces = []
         self.block_size = 0  # characters
-        self.pending = collections.deque()  # blocks in the pool, as (splits, pieces, results)
+        self.pending = collections.deque()  # blocks in the pool, as (marks, results)
         self.files = {split: open(path, "wb") for split, path in paths.items()}
 
     def add(self, split, text, is_end):
         """Appends a piece of a document to a split. is_end: whether the document ends with it."""
-        self.splits.append(split)
+        self.marks.append((split, is_end))
         self.pieces.append((text, is_end))
         self.block_size += len(text)
         if self.block_size > BLOCK:
@@ -141,15 +140,15 @@ class BinWriter:
         for job in range(number_of_jobs):
             of_job = self.pieces[job::number_of_jobs]
             results.append(self.pool.submit(self.encoder.encode_all, of_job))
-        self.pending.append((self.splits, self.pieces, results))
-        self.splits = []
+        self.pending.append((self.marks, results))
+        self.marks = []
         self.pieces = []
         self.block_size = 0
 
     def write_oldest_block(self):
         """Waits for the oldest block in the pool, and writes it."""
-        splits, pieces, results = self.pending.popleft()
-        for index, (split, (_, is_end)) in enumerate(zip(splits, pieces)):
+        marks, results = self.pending.popleft()
+        for index, (split, is_end) in enumerate(marks):
             job = index % len(results)
             token_ids = results[job].result()[index // len(results)]
             self.files[split].write(token_ids.data)
@@ -465,11 +464,6 @@ def spare_other_corpus(out, args):
             f"{out} holds a corpus of {', '.join(map(str, source))}; give --out={out} to replace "
             "it, or another --out"
         )
-
-
-def temporary_path(path):
-    """Returns the path of the file that is to replace path. If path is a link, it stays one."""
-    return Path(f"{os.path.realpath(path)}.tmp")
 
 
 def remove_leftovers(out, is_new):

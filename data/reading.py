@@ -34,9 +34,6 @@ FIRST_LINES = 1 << 24  # characters of the first lines that decide whether they 
 
 SEPARATOR = "<|endoftext|>"  # divides documents in text files
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-# Suffixes of compressed files, and what becomes of them.
-SUFFIXES = {".gz": "", ".bz2": "", ".xz": "", ".zst": ""}
-SUFFIXES |= {".tgz": ".tar", ".tbz2": ".tar", ".txz": ".tar", ".tzst": ".tar"}
 OUTPUTS = ("train.bin", "val.bin", "meta.json")  # what prepare.py writes
 SYSTEM_FILES = ("__macosx", "thumbs.db", "desktop.ini")
 
@@ -368,13 +365,17 @@ def new_zstd():
     return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
 
 
-# How compressed data begins, the suffixes of such files, and what decompresses them.
+# How compressed data begins, the suffixes of such files, and what decompresses them. A suffix has
+# another in its place when the data are decompressed.
 COMPRESSIONS = (
-    (rb"\x1f\x8b\x08", (".gz", ".tgz"), new_gzip),
-    (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", (".bz2", ".tbz2"), bz2.BZ2Decompressor),
-    (rb"\xfd7zXZ\0", (".xz", ".txz"), lzma.LZMADecompressor),
-    (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", (".zst", ".tzst"), new_zstd),
+    (rb"\x1f\x8b\x08", {".gz": "", ".tgz": ".tar"}, new_gzip),
+    (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", {".bz2": "", ".tbz2": ".tar"}, bz2.BZ2Decompressor),
+    (rb"\xfd7zXZ\0", {".xz": "", ".txz": ".tar"}, lzma.LZMADecompressor),
+    (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", {".zst": "", ".tzst": ".tar"}, new_zstd),
 )
+SUFFIXES = {}
+for _, suffixes_of_kind, _ in COMPRESSIONS:
+    SUFFIXES |= suffixes_of_kind
 
 
 def decompressor_of(suffix, head):
@@ -533,14 +534,14 @@ def split_text(pieces, lines):
             buffer = buffer.replace(SEPARATOR, divider)
         *ended, buffer = buffer.split(divider)
         for text in ended:
-            text = text.rstrip("\r\n")
+            text = text.rstrip("\n")
             if is_new:
-                text = text.lstrip("\r\n")
+                text = text.lstrip("\n")
             if text and not text.isspace():
                 yield from pieces_of(text)
             is_new = True
         if is_new:
-            buffer = buffer.lstrip("\r\n")
+            buffer = buffer.lstrip("\n")
         *parts, buffer = cut(buffer)
         for part in parts:
             is_new = False

@@ -15,13 +15,17 @@ from engine.script import UserError
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
+def temporary_path(path):
+    """The path of the file that is to replace path. If path is a link, it stays one."""
+    return Path(f"{os.path.realpath(path)}.tmp")
+
+
 def write_whole(path, content):
     """Writes a text, or a dict as a checkpoint, to a file beside path and renames it. Whatever
     happens, path is whole: with this content or with what it had. A link stays, and the file that
     it leads to is written. What is no file (a device, a pipe) is written to. Raises UserError."""
     is_file = Path(path).is_file() or not Path(path).exists()
-    target = os.path.realpath(path) if is_file else path
-    beside = Path(f"{target}.tmp") if is_file else Path(target)
+    beside = temporary_path(path) if is_file else Path(path)
     try:
         with open(beside, "wb") as f:
             if isinstance(content, str):
@@ -32,7 +36,7 @@ def write_whole(path, content):
                 f.flush()
                 os.fsync(f.fileno())
         if is_file:
-            os.replace(beside, target)
+            os.replace(beside, os.path.realpath(path))
     except (OSError, RuntimeError) as e:
         text = f"cannot write {path} ({str(e)[:80]})"
         if is_file:

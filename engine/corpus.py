@@ -25,8 +25,9 @@ BROKEN = (
     IndexError,
     RuntimeError,
 )
+GPT2 = dict(encoding="gpt2", vocab_size=50257, eot=50256)
 # nanoGPT's folders have no meta.json.
-NANOGPT = dict(encoding="gpt2", vocab_size=50257, eot=50256, dtype="uint16", layout="stream")
+NANOGPT = GPT2 | dict(dtype="uint16", layout="stream")
 
 
 def load_encoding(tokenizer, source="the checkpoint and its tokenizer"):
