@@ -686,11 +686,11 @@ def test_guidance_scale_1_is_the_conditional_model_and_0_the_unconditional(dit):
     t = torch.tensor(0.4)
     without_context = torch.where(is_target[..., None], z, 0.0)
 
-    def estimate(x):
+    def estimate(x, guess):
         output = dit(x, batch.segment, t.expand(4), guess)
         return dit.estimate(output, x, t)[is_target]
 
-    conditional, unconditional = estimate(z), estimate(without_context)
+    conditional, unconditional = estimate(z, guess), estimate(without_context, 0 * guess)
     assert not torch.allclose(conditional, unconditional, atol=1e-3)
     extrapolated = unconditional + 3 * (conditional - unconditional)
     expected = {1: conditional, 1 + 1e-7: conditional, 0: unconditional, 3: extrapolated}
@@ -698,6 +698,19 @@ def test_guidance_scale_1_is_the_conditional_model_and_0_the_unconditional(dit):
         sampling = Sampling(cfg_scale=scale)
         guided = guided_estimate(dit, z, t, guess, batch.segment, sampling)
         assert torch.allclose(guided[is_target], z_0, atol=1e-4), scale
+
+
+def test_without_a_prompt_guidance_goes_away_from_the_estimate_without_a_guess(told_dit):
+    segment = torch.full((4, N), TARGET)
+    z, guess = torch.randn(2, 4, N, C)
+    t = torch.tensor(0.4)
+
+    def guided(guess, scale):
+        return guided_estimate(told_dit, z, t, guess, segment, Sampling(cfg_scale=scale))
+
+    told, untold = guided(guess, 1), guided(0 * guess, 1)
+    assert not torch.allclose(told, untold, atol=1e-3)
+    assert torch.allclose(guided(guess, 3), untold + 3 * (told - untold), atol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])

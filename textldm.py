@@ -528,13 +528,15 @@ class Sampling:
 def guided_estimate(dit, z, t, guess, segment, sampling):
     """Classifier-free guidance [CFG]: e_u + w (e_c - e_u), where e_c (B, N, C) is the estimate of
     z_0 with context and e_u the one without, for rows z (B, N, C) at time t, a scalar tensor. The
-    velocity is affine in the estimate, so this guides it too."""
+    velocity is affine in the estimate, so this guides it too.
+    unspecified: e_u is told no guess. So guidance helps without a prompt, too, where e_c differs
+    from e_u by the guess alone."""
     w = sampling.cfg_scale
     is_guided = w != 1
-    if is_guided:  # the second copy has no context
+    if is_guided:  # the second copy has no context, and is told no guess
         is_target = (segment == TARGET)[..., None]
         z = torch.cat((z, torch.where(is_target, z, 0.0)))  # (2 B, N, C)
-        guess = guess.repeat(2, 1, 1)  # guided: it tells e_u of the context
+        guess = torch.cat((guess, torch.zeros_like(guess)))
         segment = segment.repeat(2, 1)
     mask = (segment != PADDING)[:, None, None]
     output = dit(z, segment, t.expand(len(z)), guess, mask)
