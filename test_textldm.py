@@ -686,11 +686,11 @@ def test_guidance_scale_1_is_the_conditional_model_and_0_the_unconditional(dit):
     t = torch.tensor(0.4)
     without_context = torch.where(is_target[..., None], z, 0.0)
 
-    def estimate(x, guess):
+    def estimate(x):
         output = dit(x, batch.segment, t.expand(4), guess)
         return dit.estimate(output, x, t)[is_target]
 
-    conditional, unconditional = estimate(z, guess), estimate(without_context, 0 * guess)
+    conditional, unconditional = estimate(z), estimate(without_context)
     assert not torch.allclose(conditional, unconditional, atol=1e-3)
     extrapolated = unconditional + 3 * (conditional - unconditional)
     expected = {1: conditional, 1 + 1e-7: conditional, 0: unconditional, 3: extrapolated}

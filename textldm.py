@@ -29,6 +29,7 @@ Tags     `unspecified:` the paper is silent. `deviation:` a departure that is no
 [RoPE]    Su et al. 2021, arXiv 2104.09864       [REPA] Yu et al. 2024, arXiv 2410.06940
 [FM]      Lipman et al. 2022, arXiv 2210.02747   [SD3]  Esser et al. 2024, arXiv 2403.03206
 [CFG]     Ho, Salimans 2022, arXiv 2207.12598    [AB]   Chen et al. 2022, arXiv 2208.04202
+[ELF]     Hu et al. 2026, arXiv 2605.10938
 """
 
 import math
@@ -529,14 +530,15 @@ def guided_estimate(dit, z, t, guess, segment, sampling):
     """Classifier-free guidance [CFG]: e_u + w (e_c - e_u), where e_c (B, N, C) is the estimate of
     z_0 with context and e_u the one without, for rows z (B, N, C) at time t, a scalar tensor. The
     velocity is affine in the estimate, so this guides it too.
-    unspecified: e_u is told no guess. So guidance helps without a prompt, too, where e_c differs
-    from e_u by the guess alone."""
+    deviation: a row without a prompt is guided, too. There e_u is told no guess, as in [ELF]."""
     w = sampling.cfg_scale
     is_guided = w != 1
-    if is_guided:  # the second copy has no context, and is told no guess
+    if is_guided:  # the second copy has no context
         is_target = (segment == TARGET)[..., None]
         z = torch.cat((z, torch.where(is_target, z, 0.0)))  # (2 B, N, C)
-        guess = torch.cat((guess, torch.zeros_like(guess)))
+        # The guess tells e_u of the context. Without a context e_u would be e_c, so it has none.
+        has_context = (segment == CONTEXT).any(1)[:, None, None]  # (B, 1, 1)
+        guess = torch.cat((guess, guess * has_context))
         segment = segment.repeat(2, 1)
     mask = (segment != PADDING)[:, None, None]
     output = dit(z, segment, t.expand(len(z)), guess, mask)

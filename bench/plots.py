@@ -11,6 +11,7 @@ training      what the stages minimise, by step
 by_time       the DiT's loss and its estimates, by the time from data to noise
 latents       the latents of validation text on their first two principal components
 frontier      NLL against entropy, a curve for each system of bench/evaluate.py
+long          the text of a DiT against its epochs, beside GPTs (bench/long.sh)
 """
 
 import ast
@@ -27,7 +28,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from bench.metrics import curves_of, running
+from bench.metrics import at_entropy, curves_of, running
 from engine.checkpoint import build, load_checkpoint
 from engine.config import command_line
 from engine.corpus import Corpus
@@ -497,6 +498,53 @@ def draw_curve(axes, curve, color):
         axes.annotate(text, place, (3, 3), **look)
 
 
+def long(plt, options):
+    """The numbers of DiTs after some epochs, two seeds, and those of GPTs as lines."""
+    path = Path(options.evaluation or f"{options.out}/eval.json")
+    if not path.is_file():
+        raise UserError(f"long: {path} is missing; bench/evaluate.py makes it")
+    result = json.loads(path.read_text())
+    rows_of_an_epoch = len(Corpus(options.data, "train", 2).ends)
+    steps = {}
+    for name in result["systems"]:
+        found = re.fullmatch(r"(\d+) steps \d+", name)
+        if found:
+            steps[name] = int(found[1])
+    if not steps:
+        raise UserError(f"long: {path} has no rows like `500 steps 1`; bench/long.sh makes them")
+
+    def near_real(name):
+        wanted = result["real"]["entropy"] - 0.05
+        return at_entropy(result["frontier"].get(name, []), wanted, "nll")
+
+    panels = {
+        "NLL, nats per token, at real text's entropy - 0.05": near_real,
+        "MAUVE, percent": lambda name: result["systems"][name]["mauve"][0],
+        "copies of training names, percent": lambda name: result["systems"][name]["copies"],
+    }
+    figure, all_axes = plt.subplots(1, 3, figsize=(11, 3.6))
+    for axes, (title, number) in zip(all_axes, panels.items()):
+        for seed in ("1", "2"):
+            names = [name for name in steps if name.endswith(seed) and number(name) is not None]
+            x = [steps[name] * 192 / rows_of_an_epoch for name in names]
+            axes.plot(x, [number(name) for name in names], "o-", color=BLUE, markersize=4, lw=1.4)
+        for name in result["systems"]:
+            value = number(name)
+            if name.startswith("GPT") and value is not None:
+                color = ORANGE if "more" in name else GREY
+                axes.axhline(value, color=color, lw=1.2, ls="--")
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("epochs")
+        axes.set_xscale("log")
+    for label, color in {"GPT, 3 epochs": GREY, "GPT, 12 epochs": ORANGE}.items():
+        all_axes[0].plot([], [], "--", color=color, label=label)
+    all_axes[0].plot([], [], "o-", color=BLUE, markersize=4, label="TextLDM, two seeds")
+    all_axes[0].axhline(result["real"]["nll"], color=INK, lw=1, ls=":", label="real text")
+    all_axes[0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
 # ---- The run -------------------------------------------------------------------------------------
 
 
@@ -517,7 +565,7 @@ def main():
     (options,) = command_line(__doc__, PlotConfig)
     plt = load_matplotlib()
     folder_of(options).mkdir(parents=True, exist_ok=True)
-    for draw in (pipeline, trace, training, by_time, latents, frontier):
+    for draw in (pipeline, trace, training, by_time, latents, frontier, long):
         path = folder_of(options) / f"{draw.__name__}.png"
         try:
             figure = draw(plt, options)
