@@ -90,12 +90,13 @@ def unmask(model, prompts, length=0, sampling=Sampling(cfg_scale=1.0)):
     for i in range(sampling.steps, 0, -1):
         logits = model(tokens, is_masked, mask)  # (B, N, V)
         u = torch.rand(tokens.shape, generator=generator).to(device)
-        uniform = torch.rand(logits.shape, generator=generator)
-        gumbel = -(-uniform.log()).log().to(device)
-        scaled = logits / max(sampling.temperature, 1e-6)
-        drawn = (scaled + gumbel).argmax(-1)  # (B, N): a draw from the softmax
         is_revealed = is_masked & (u < 1 / i)
-        tokens = torch.where(is_revealed, drawn, tokens)
+        # Only R revealed tokens are drawn. Random numbers for all would take longer than the
+        # network, and many GB, if the vocabulary is large.
+        scaled = logits[is_revealed] / max(sampling.temperature, 1e-6)  # (R, V)
+        uniform = torch.rand(scaled.shape, generator=generator)
+        gumbel = -(-uniform.log()).log().to(device)
+        tokens[is_revealed] = (scaled + gumbel).argmax(-1)  # a draw from the softmax
         is_masked = is_masked & ~is_revealed
     return texts_of(tokens, segment, end_of_text)
 

@@ -4,17 +4,20 @@
     python bench/speed.py --batches=1           # the same, in about ten minutes on two cores
     python bench/speed.py --nanogpt=FOLDER      # beside nanoGPT; FOLDER has its model.py
     python bench/speed.py --parts=train,sample --preset=small --compile --data=data/owt2
+    python bench/speed.py --parts=train --stages="gpt,gpt compiled"     # what --compile saves
     python bench/speed.py --parts=presets --data=data/owt2      # what each preset needs
 
 Prints a table for each part, and writes all tables to one JSON file. The speed of a machine drifts.
 So systems take turns, a few steps each, and the tables have medians over the rounds.
 
 Columns of training:
+    step ms             milliseconds of a step
     tokens per second   tokens of rows, of which `text` is the share that is not padding
     of peak             FLOPs of forward and backward, as torch counts them, over the best rate of a
                         few large matrix products
     waiting             share of time in Corpus.batch. On a GPU this is no loss, because the next
                         batches are drawn while the GPU works
+    seconds over first  seconds of a step, over those of the first row
 """
 
 import contextlib
@@ -39,6 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from baselines.gpt import PRESETS as GPT_PRESETS
+from bench.report import commit
 from data.embedded import docs
 from data.reading import Reader
 from engine.checkpoint import write_whole
@@ -67,6 +71,10 @@ from variants.cola_dlm import CausalVAE, ColaConfig, ColaDiT, continue_in_blocks
 SCRIPTS = dict(gpt="baselines/gpt.py", vae="train_vae.py", dit="train_dit.py")
 PRESETS = dict(gpt=GPT_PRESETS, vae=VAE_PRESETS, dit=DIT_PRESETS)
 PARTS = ("train", "sample", "prepare", "growth", "presets")
+# What may follow the name of a stage in --stages, and the option that it stands for.
+KINDS = {"": [], "with AdamW": ["--no-muon"], "compiled": ["--compile"]}
+# Options that training scripts get as they are. 0 leaves the preset's.
+SIZES = ("batch_size", "accumulate", "block_size", "n_layer", "n_head", "n_embd")
 ENDLESS = 10**6  # steps
 PROMPT = 256  # tokens of a prompt, and the window of blocks
 
@@ -80,8 +88,17 @@ class SpeedConfig:
     preset: str = option("tiny", "of the three training scripts")
     data: str = option("data/docs", "a prepared corpus")
     nanogpt: str = option("", "folder with nanoGPT's model.py, to be measured beside ours")
-    batch_size: int = option(0, "rows in a micro-batch (0: the preset's)", 0)
-    block_size: int = option(0, "tokens in a row (0: the preset's)", 0)
+    stages: str = option(
+        "gpt,vae,dit,gpt with AdamW",
+        'what to train, with commas; "gpt compiled" is the GPT with --compile',
+    )
+    turns: bool = option(True, "stages take turns; without, one is in memory at a time")
+    batch_size: int = option(0, "in training, rows in a micro-batch (0: the preset's)", 0)
+    accumulate: int = option(0, "in training, micro-batches in a step (0: the preset's)", 0)
+    block_size: int = option(0, "in training, tokens in a row (0: the preset's)", 0)
+    n_layer: int = option(0, "in training, blocks (0: the preset's)", 0)
+    n_head: int = option(0, "in training, heads (0: the preset's)", 0)
+    n_embd: int = option(0, "in training, width (0: the preset's)", 0)
     rounds: int = option(5, "rounds, of which the table has the median", 1)
     steps: int = option(10, "training steps in a round", 1)
     text: str = option(
@@ -242,7 +259,8 @@ class TimedCorpus(Corpus):
 
 
 class TimedRun(Run):
-    """A Run that waits for its turn before each step. Before the first step it counts FLOPs."""
+    """A Run that waits for its turn before each step. Before the first step it counts FLOPs. It
+    writes no checkpoints: those of large presets are of many GB."""
 
     turn = None  # the worker's Turn
 
@@ -250,6 +268,9 @@ class TimedRun(Run):
         for step in super().steps(*evaluation, **options):
             self.turn.before_step()
             yield step
+
+    def save(self):
+        pass
 
     def micro_batches(self, corpus, weight_of):
         if not self.turn.facts:
@@ -352,26 +373,50 @@ def nanogpt_batch(tokens, B, N, device):
 def training(options, folder, peak):
     """A row for each contender: tokens a second, utilisation, memory, and the share of waiting."""
     common = [f"--data={options.data}", f"--device={options.device}", f"--preset={options.preset}"]
-    for key in ("batch_size", "block_size"):
+    for key in SIZES:
         if getattr(options, key):
             common.append(f"--{key}={getattr(options, key)}")
-    for stage in ("gpt", "vae"):  # the next stage needs a checkpoint of this one
-        command = [sys.executable, ROOT / SCRIPTS[stage], *common, f"--out={folder}"]
-        subprocess.run([*command, "--max_steps=1"], check=True, stdout=subprocess.DEVNULL)
-    names = ["gpt", "vae", "dit", "gpt with AdamW"]
+    names = names_of_stages(options)
+    needed = {name.split()[0] for name in names}
+    if "vae" in needed:
+        train_one_step("gpt", [*common, f"--out={folder}"])  # the teacher
+    if "dit" in needed:
+        train_one_step("vae", [*common, f"--out={folder}", "--teacher=none"])
     if options.nanogpt:
         names.append("nanogpt")
-    workers = {name: start_worker(name, options, folder, common) for name in names}
-    answers = take_turns(workers, options, folder)
-    for worker in workers.values():
-        worker.stdin.close()
-        worker.wait()
-    gpt_seconds = np.array([a["seconds"] for a in answers["gpt"]])
+    groups = [names] if options.turns else [[name] for name in names]
+    answers = {}
+    for group in groups:
+        workers = {name: start_worker(name, options, folder, common) for name in group}
+        answers |= take_turns(workers, options, folder)
+        for worker in workers.values():
+            worker.stdin.close()
+            worker.wait()
+    first_seconds = np.array([a["seconds"] for a in answers[names[0]]])
     rows = []
     for name in names:
-        row = training_row(answers[name], options.steps, peak, gpt_seconds)
+        row = training_row(answers[name], options.steps, peak, first_seconds)
         rows.append(dict(stage=name) | row)
     return rows
+
+
+def names_of_stages(options):
+    """The list of --stages. Raises UserError."""
+    names = [name.strip() for name in options.stages.split(",")]
+    for name in names:
+        stage, _, kind = name.partition(" ")
+        if stage not in SCRIPTS or kind not in KINDS or names.count(name) > 1:
+            raise UserError(
+                f"--stages={options.stages}: expected gpt, vae and dit, each once, or once more "
+                f"with one of {', '.join(filter(None, KINDS))}"
+            )
+    return names
+
+
+def train_one_step(stage, options):
+    """Makes a checkpoint that another stage needs."""
+    command = [sys.executable, ROOT / SCRIPTS[stage], *options, "--max_steps=1"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def start_worker(name, options, folder, common):
@@ -379,12 +424,12 @@ def start_worker(name, options, folder, common):
     command = [sys.executable, __file__, *common, f"--out={folder / name}"]
     for key in ("max_steps", "log_interval", "eval_interval"):
         command.append(f"--{key}={ENDLESS}")
-    if name == "vae":
+    stage, _, kind = name.partition(" ")
+    command += KINDS[kind]
+    if stage == "vae":
         command.append(f"--teacher={folder / 'gpt.pt'}")
-    if name == "dit":
+    if stage == "dit":
         command.append(f"--vae={folder / 'vae.pt'}")
-    if name == "gpt with AdamW":
-        command.append("--no-muon")
     if options.compile:
         command.append("--compile")
     environment = dict(os.environ, TEXTLDM_WORKER=name)
@@ -417,20 +462,21 @@ def take_turns(workers, options, folder):
     return answers
 
 
-def training_row(answers, steps, peak, gpt_seconds):
-    """answers: of a worker. gpt_seconds: what the GPT took in the same rounds."""
+def training_row(answers, steps, peak, first_seconds):
+    """answers: of a worker. first_seconds: what the first worker took in the same rounds."""
     seconds = np.array([a["seconds"] for a in answers])
     waited = np.array([a["waited"] for a in answers])
     last = answers[-1]
     return dict(
         row=last["row"],
         text=last["text"],
+        step_ms=median(1000 * seconds / steps),
         tokens_per_second=median(last["tokens"] * steps / seconds),
         of_peak=median(last["flops"] * steps / seconds) / peak,
         gflop_per_step=last["flops"] / 1e9,
         waiting=median(waited / seconds),
         memory_mb=last["memory"] / 2**20,
-        seconds_over_gpt=median(seconds / gpt_seconds),
+        seconds_over_first=median(seconds / first_seconds),
     )
 
 
@@ -860,13 +906,11 @@ def cell(value):
 
 def describe_machine(options, device, peak):
     """What the report says of the machine and the code. peak: FLOP/s of matrix products."""
-    command = ["git", "describe", "--always", "--dirty"]
-    git = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     machine = f"{len(os.sched_getaffinity(0))} CPU cores"
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
     return dict(
-        commit=git.stdout.strip(),
+        commit=commit(),
         machine=machine,
         torch=torch.__version__,
         threads=torch.get_num_threads(),

@@ -135,7 +135,10 @@ def command_line(description, *config_types, presets=None, recipe=None):
     values = {}
     if given.pop("recipe", "paper") == "ours":
         values.update(recipe)
-    values.update(presets[given.pop("preset", "tiny")])
+    preset = "tiny"
+    if len(presets) > 1:  # else --preset may be a field of a config, as in bench/speed.py
+        preset = given.pop("preset", "tiny")
+    values.update(presets[preset])
     values.update(given)
     for name in PATHS:
         if name in values:
