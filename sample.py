@@ -5,6 +5,7 @@
     python sample.py --prompts=in.jsonl --output=out.jsonl   # lines of {"prompt": ...}
     python sample.py --prompt="greek" --model=out/gpt.pt     # what another kind of model writes
     python sample.py --out=out/blocks --length=4096          # a Cola DLM writes on and on
+    python sample.py --prompt="greek" --keep=2               # better, in more steps
 
 --output writes the lines of --prompts again, each with its "text" and whether it "ended".
 """
@@ -23,6 +24,7 @@ from engine.lines import fit, read_lines
 from engine.loop import pick_device
 from engine.script import UserError, run_script
 from textldm import Sampling, option
+from variants.parts import write_in_parts
 from variants.writers import load_writer
 
 
@@ -37,6 +39,7 @@ class SampleConfig:
     cfg: float = option(3.0, "guidance scale; 1: none", 0, 1000)
     temperature: float = option(0.7, "below 1: likelier tokens; 0: the likeliest", 0)
     seed: int = option(0, "seed of the noise", 0, 2**31)
+    keep: int = option(0, "tokens to keep each time that the rest is written again; 0: all", 0)
     trace: bool = option(False, "print the text at a few steps of the way from noise")
     prompts: str = option("", "file of JSON lines with a prompt each, instead of --prompt")
     output: str = option("", "file for the same lines, each with its text and whether it ended")
@@ -91,10 +94,17 @@ def main():
     path = options.model or f"{options.out}/dit.pt"
     writer = load_writer(path, options.vae or f"{options.out}/vae.pt", device)
     pick_device(options.device, writer.block_size)  # the kind of attention depends on it
+    if options.trace and options.keep:
+        raise UserError("--trace shows a text that is written all at once; leave --trace out")
     if options.trace and (writer.block or not writer.has_steps):
         raise UserError(
             f"--trace shows how one target forms out of noise; {path} is a {writer.kind}, which "
             "writes in another way; leave --trace out"
+        )
+    if options.keep and (writer.block or writer.kind == "gpt"):
+        raise UserError(
+            f"--keep is for models that write all tokens at once; {path} is a {writer.kind}, which "
+            "does not; leave --keep out"
         )
     encoding, eot = load_encoding(writer.tokenizer), writer.tokenizer["eot"]
     given = read_prompts(options)
@@ -121,7 +131,10 @@ def main():
         sampling = Sampling(options.steps, options.cfg, options.temperature, seed)
         some = prompts[start : start + options.batch_size]
         with autocast, torch.no_grad():
-            texts += writer.write(some, options.length, sampling, callback)
+            if options.keep:
+                texts += write_in_parts(writer, some, options.length, sampling, options.keep)
+            else:
+                texts += writer.write(some, options.length, sampling, callback)
 
     if options.output:
         out = []

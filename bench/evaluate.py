@@ -93,6 +93,7 @@ class EvalConfig:
     cfg: str = option("1,1.5,2,3,5", "guidance scales to choose from")
     steps: str = option("10,20", "Euler steps to choose from")
     temperature: str = option("0.7,0.85,1", "temperatures to choose from")
+    keep: str = option("0", "tokens to keep each time that the rest is written again; 0: all")
     top_p: str = option("0.9,1", "nuclei of the GPT to choose from")
     clusters: int = option(50, "of MAUVE; only equal ones compare", 2)
     batch_size: int = option(250, "prompts at once", 1)
@@ -254,9 +255,7 @@ class Judge:
     def measure(self, system, knob):
         texts, evaluations, seconds = self.write(system, knob)
         prompts = [line["prompt"] for line in self.lines]
-        nll, rows, features = score(
-            self.evaluator, self.tokenizer, prompts, texts, self.autocast
-        )
+        nll, rows, features = score(self.evaluator, self.tokenizer, prompts, texts, self.autocast)
         words, pairs = words_and_pairs(rows, self.tokenizer["eot"])
         word_nll, word_count = self.word_model.score(prompts, texts)
         return Measured(

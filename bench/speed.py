@@ -311,9 +311,7 @@ def work(name, options):
 
 def train_nanogpt(turn, autocast, options):
     nano = load_module(Path(options.nanogpt) / "model.py")
-    config, cfg = command_line(
-        "", TransformerConfig, TrainConfig, presets=GPT_PRESETS, recipe=OURS
-    )
+    config, cfg = command_line("", TransformerConfig, TrainConfig, presets=GPT_PRESETS, recipe=OURS)
     corpus = Corpus(cfg.data, "train", config.block_size)
     device = turn.device
     torch.backends.cuda.enable_flash_sdp(True)  # torch's default; ours chooses by length on a CPU

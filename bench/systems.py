@@ -14,6 +14,7 @@ from engine.corpus import Corpus
 from engine.lines import read_lines
 from engine.script import UserError
 from textldm import GPT, Sampling, TransformerConfig
+from variants.parts import write_in_parts
 from variants.writers import load_writer
 
 KINDS = "real, other, unigram, tokens, prompt, gpt, masked, textldm or texts"
@@ -188,6 +189,8 @@ class Diffusion(System):
         self.knobs = [dict(steps=steps) for steps in numbers_of(options, "steps")]
         if writer.kind != "masked":
             self.knobs = combined(self.knobs, "cfg", numbers_of(options, "cfg"))
+        if options.keep != "0" and not writer.block:
+            self.knobs = combined(self.knobs, "keep", numbers_of(options, "keep"))
         if writer.has_temperature:
             self.knobs = combined(self.knobs, "temperature", numbers_of(options, "temperature"))
 
@@ -195,13 +198,18 @@ class Diffusion(System):
         prompts = [line["ids"] for line in lines]
         scale = knob.get("cfg", 1.0)
         sampling = Sampling(int(knob["steps"]), scale, knob.get("temperature", 1.0), seed)
-        rows = self.writer.write(prompts, 0, sampling)
+        keep = int(knob.get("keep", 0))
+        if keep:
+            rows = write_in_parts(self.writer, prompts, 0, sampling, keep)
+        else:
+            rows = self.writer.write(prompts, 0, sampling)
         evaluations = sampling.steps
         if scale != 1:
             evaluations *= 2  # with and without the context
-        if self.writer.block:
-            blocks = sum(math.ceil(len(row) / self.writer.block) for row in rows)
-            evaluations *= blocks / len(rows)
+        part = self.writer.block or keep
+        if part:
+            parts = sum(math.ceil(len(row) / part) for row in rows)
+            evaluations *= parts / len(rows)
         return decode(rows, self.corpus), evaluations
 
 

@@ -213,13 +213,14 @@ def test_the_kind_textldm_takes_a_folder_or_a_checkpoint_of_any_kind(home, tmp_p
     (tmp_path / "evaluator").mkdir()
     (tmp_path / "evaluator/gpt.pt").write_bytes(gpt.read_bytes())
     options = ["--n=8", "--clusters=2", "--device=cpu"]
-    options += ["--steps=2", "--cfg=1,2", "--temperature=1", "--top_p=1"]
+    options += ["--steps=2", "--cfg=1,2", "--temperature=1", "--top_p=1", "--keep=0,2"]
     where = ["--data", home / "data", "--out", tmp_path]
     script("bench/evaluate.py", *where, *options, systems)
     report = json.loads((tmp_path / "eval.json").read_text())
     folder, file = report["frontier"]["folder"], report["frontier"]["file"]
     assert [point["knob"] for point in folder] == [point["knob"] for point in file]
-    assert len(folder) == 2
+    assert len(folder) == 4
+    assert [point["knob"]["keep"] for point in folder] == [0, 2, 0, 2]
     assert report["texts"]["folder"] == report["texts"]["file"]
     assert [point["knob"] for point in report["frontier"]["gpt"]] == [dict(temperature=1, top_p=1)]
     (benchmark,) = (home / "data").glob("benchmark_8_1_*.jsonl")

@@ -221,6 +221,14 @@ def test_no_two_batches_share_noise(home, tmp_path, monkeypatch, sample):
     assert seeds == [(2, 0), (2, 2), (1, 4)]
 
 
+@pytest.mark.parametrize("kind", ["dit", "ldlm", "masked"])
+def test_a_text_is_written_in_parts(random_models, sample, kind):
+    options = [*random_models[kind], "--prompt=greek", "--length=4", "--temperature=1"]
+    whole = sample(*options).out
+    assert sample(*options, "--keep=4").out == whole
+    assert sample(*options, "--keep=1").out.startswith("greek|")
+
+
 @pytest.mark.parametrize("kind, function", [("gpt", "generate"), ("masked", "unmask")])
 def test_options_are_passed_on_to_other_kinds(models, monkeypatch, sample, kind, function):
     given = []
@@ -358,6 +366,15 @@ def test_bad_options_of_sampling_are_refused(home, capsys, option):
 @pytest.mark.parametrize("kind", ["gpt", "masked", "cola_dlm"])
 def test_a_trace_is_refused_where_a_text_does_not_form_out_of_noise(models, capsys, kind):
     refuse(capsys, "leave --trace out", "sample.py", *models[kind], "--trace")
+
+
+@pytest.mark.parametrize("kind", ["gpt", "cola_dlm"])
+def test_keep_is_refused_where_tokens_are_not_written_all_at_once(models, capsys, kind):
+    refuse(capsys, "leave --keep out", "sample.py", *models[kind], "--keep=2")
+
+
+def test_a_trace_of_what_is_written_in_parts_is_refused(home, capsys):
+    refuse(capsys, "leave --trace out", "sample.py", "--out", home / "out", "--keep=2", "--trace")
 
 
 def test_bad_files_of_prompts_are_refused(home, tmp_path, capsys):
