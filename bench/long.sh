@@ -11,7 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . bench/stages.sh names "" out/long
 rows="" # the README's size, not that of the other tables
-steps="500 1000 2000 4000 8000 13000"
+steps="500 2000 4000 8000 13000"
 
 # copies FOLDER: copies FOLDER/dit.pt to FOLDER/at_STEP each time that training writes it.
 copies() {
@@ -59,4 +59,4 @@ judge() {
         --evaluator=$evaluator/gpt.pt --systems="$systems" "$@"
 }
 judge --out=$out --temperature=0.7,1,1.3
-judge --out=$out/unprompted --temperature=0.7,0.85,1,1.15 --unprompted
+judge --out=$out/unprompted --unprompted --temperature=0.85,1 --keep=0,2,1
