@@ -530,13 +530,14 @@ def guided_estimate(dit, z, t, guess, segment, sampling):
     """Classifier-free guidance [CFG]: e_u + w (e_c - e_u), where e_c (B, N, C) is the estimate of
     z_0 with context and e_u the one without, for rows z (B, N, C) at time t, a scalar tensor. The
     velocity is affine in the estimate, so this guides it too.
-    deviation: a row without a prompt is guided, too. There e_u is told no guess, as in [ELF]."""
+    deviation: a self-conditioned DiT is guided without a prompt, too. Then e_c is told the guess,
+    and e_u is not, as in [ELF]."""
     w = sampling.cfg_scale
     is_guided = w != 1
     if is_guided:  # the second copy has no context
         is_target = (segment == TARGET)[..., None]
         z = torch.cat((z, torch.where(is_target, z, 0.0)))  # (2 B, N, C)
-        # The guess tells e_u of the context. Without a context e_u would be e_c, so it has none.
+        # Both copies get the guess, but without a prompt they would be equal: e_u gets none there.
         has_context = (segment == CONTEXT).any(1)[:, None, None]  # (B, 1, 1)
         guess = torch.cat((guess, guess * has_context))
         segment = segment.repeat(2, 1)

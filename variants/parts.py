@@ -3,10 +3,10 @@
     python sample.py --keep=2 --prompt="greek small letter"
 
 A model that writes all tokens at once must guess how they will agree. Here only the first `keep` of
-them are taken. They join the prompt, and the rest is written anew. So each token is decided when
-all before it are certain, and what comes after it is drafted. It takes no training: rows of
-training are cut in context and target anywhere, so the model knows such prompts. It takes more
-evaluations: a text of L tokens is written L / keep times.
+them are taken. They join the prompt, and the rest is written anew. So fewer tokens are decided at
+once, and those after them are drafts. It takes no training: rows of training are cut in context and
+target anywhere, so the model knows such prompts. It takes more evaluations: a text of L tokens is
+written L / keep times, rounded up.
 
 This is ours; none of the papers has it.
 """
@@ -15,11 +15,14 @@ from dataclasses import replace
 
 
 def write_in_parts(writer, prompts, length, sampling, keep):
-    """As writer.write, but each time keeps `keep` tokens. writer: a Writer whose texts end at an
-    end-of-text token, or at the end of a row. Returns lists of ids."""
+    """Calls writer.write again and again, and keeps the first `keep` new tokens each time.
+
+    writer: a Writer of a kind that writes all tokens at once. A text ends with `length` tokens (0:
+    at the end of a row) or an end-of-text token. Texts that have ended leave the batch, so the
+    noise of those that go on depends on them. Returns lists of ids."""
     end_of_text = writer.tokenizer["eot"]
     texts = [[] for _ in prompts]
-    kept = 0  # tokens of each text that is open
+    kept = 0  # tokens of each unfinished text
 
     def is_open(i):
         room = length or writer.block_size - len(prompts[i])
