@@ -1,7 +1,7 @@
 """TextLDM in one file: a VAE, a Diffusion Transformer and flow matching, for text.
 
-An unofficial, educational implementation of [TextLDM]. Beyond Python it needs torch alone.
-It writes all tokens of a continuation in parallel. A VAE gives each token a latent, a vector of C
+An unofficial, educational implementation of [TextLDM]. It needs torch alone.
+It writes all tokens of a continuation at once. A VAE gives each token a latent, a vector of C
 numbers. A Diffusion Transformer (DiT) makes the latents of the continuation from noise, in some
 steps. The VAE's decoder turns them into tokens.
 
@@ -29,7 +29,6 @@ Tags     `unspecified:` the paper is silent. `deviation:` a departure that is no
 [RoPE]    Su et al. 2021, arXiv 2104.09864       [REPA] Yu et al. 2024, arXiv 2410.06940
 [FM]      Lipman et al. 2022, arXiv 2210.02747   [SD3]  Esser et al. 2024, arXiv 2403.03206
 [CFG]     Ho, Salimans 2022, arXiv 2207.12598    [AB]   Chen et al. 2022, arXiv 2208.04202
-[ELF]     Hu et al. 2026, arXiv 2605.10938
 """
 
 import math
@@ -511,7 +510,7 @@ def flow_loss(dit, batch, z_0, generator):
     is_dropped = u[1] < dit.config.context_drop
     is_hidden = is_dropped[:, None] & (batch.segment == CONTEXT)  # (B, N)
     z_0 = z_0.masked_fill(is_hidden[..., None], 0)
-    half = (B + 1) // 2  # of the rows get a guess, as in [AB]
+    half = (B + 1) // 2  # of the rows get a guess
     loss, _, _, _ = denoising_loss(dit, batch, z_0, t, eps, n_guess=half)
     weight = batch.weight.flatten()[batch.targets]  # (T,)
     return weighted_mean(loss, weight)
@@ -528,18 +527,16 @@ class Sampling:
 
 def guided_estimate(dit, z, t, guess, segment, sampling):
     """Classifier-free guidance [CFG]: e_u + w (e_c - e_u), where e_c (B, N, C) is the estimate of
-    z_0 with context and e_u the one without, for rows z (B, N, C) at time t, a scalar tensor. The
-    velocity is affine in the estimate, so this guides it too.
-    deviation: a self-conditioned DiT is guided without a prompt, too. Then e_c is told the guess,
-    and e_u is not, as in [ELF]."""
+    z_0 with context and e_u the one without, for rows z (B, N, C) at a scalar time t. The
+    velocity is affine in the estimate, so this guides it. deviation: without a prompt only
+    e_c is told the guess, or it would equal e_u (ELF, arXiv 2605.10938)."""
     w = sampling.cfg_scale
     is_guided = w != 1
-    if is_guided:  # the second copy has no context
+    if is_guided:  # copy 2 has no context
         is_target = (segment == TARGET)[..., None]
         z = torch.cat((z, torch.where(is_target, z, 0.0)))  # (2 B, N, C)
-        # Both copies get the guess, but without a prompt they would be equal: e_u gets none there.
-        has_context = (segment == CONTEXT).any(1)[:, None, None]  # (B, 1, 1)
-        guess = torch.cat((guess, guess * has_context))
+        prompted = (segment == CONTEXT).any(1)[:, None, None]  # (B, 1, 1)
+        guess = torch.cat((guess, guess * prompted))
         segment = segment.repeat(2, 1)
     mask = (segment != PADDING)[:, None, None]
     output = dit(z, segment, t.expand(len(z)), guess, mask)
@@ -605,7 +602,7 @@ def continue_texts(vae, dit, prompts, length=0, sampling=Sampling(), callback=No
     rows = rows_of(prompts, length, config.block_size, config.end_of_text)
     tokens, segment = (x.to(device) for x in rows)  # (B, N) each
     B, N = tokens.shape
-    # Noise for whole rows, from the CPU: neither the device nor other prompts change it.
+    # Noise for whole rows, from the CPU: no device or other prompt changes it.
     generator = torch.Generator().manual_seed(sampling.seed)
     shape = B, max(N, config.block_size), config.channels
     eps = torch.randn(shape, generator=generator)[:, :N].to(device)
