@@ -28,7 +28,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from bench.metrics import at_entropy, curves_of, running
+from bench.metrics import curves_of, running
 from engine.checkpoint import build, load_checkpoint
 from engine.config import command_line
 from engine.corpus import Corpus
@@ -513,12 +513,8 @@ def long(plt, options):
     if not steps:
         raise UserError(f"long: {path} has no rows like `500 steps 1`; bench/long.sh makes them")
 
-    def near_real(name):
-        wanted = result["real"]["entropy"] - 0.05
-        return at_entropy(result["frontier"].get(name, []), wanted, "nll")
-
     panels = {
-        "NLL, nats per token, at real text's entropy - 0.05": near_real,
+        "NLL, nats per token, at real text's entropy": result["nll_at_real_entropy"].get,
         "MAUVE, percent": lambda name: result["systems"][name]["mauve"][0],
         "copies of training names, percent": lambda name: result["systems"][name]["copies"],
     }
@@ -535,7 +531,6 @@ def long(plt, options):
                 axes.axhline(value, color=color, lw=1.2, ls="--")
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("epochs")
-        axes.set_xscale("log")
     for label, color in {"GPT, 3 epochs": GREY, "GPT, 12 epochs": ORANGE}.items():
         all_axes[0].plot([], [], "--", color=color, label=label)
     all_axes[0].plot([], [], "o-", color=BLUE, markersize=4, label="TextLDM, two seeds")
