@@ -280,7 +280,8 @@ def block_flow_loss(dit, batch, z_0, generator):
 
 
 class AtPlace:
-    """A DiT at one place of a text, as textldm.denoise calls it."""
+    """A DiT at one place of a text, as textldm.denoise calls it. The context is in the history, so
+    to textldm.guided_estimate it is a row without a prompt."""
 
     def __init__(self, dit, layout):
         self.dit, self.layout = dit, layout
