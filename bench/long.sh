@@ -10,7 +10,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . bench/stages.sh names "" out/long
-rows="" # the README's size, not that of the other tables
 steps="500 2000 4000 8000 13000"
 
 # copies FOLDER: copies FOLDER/dit.pt to FOLDER/at_STEP each time that training writes it.
@@ -28,7 +27,8 @@ copies() {
     done
 }
 
-# seed SEED: trains a teacher, a GPT with as many steps as pay, and a DiT.
+# seed SEED: trains a teacher, a GPT with as many steps as pay, and a DiT. Sizes are the defaults,
+# which are the README's.
 seed() {
     local s=$1
     once $out/s$s baselines/gpt.py --seed=$s --max_steps=400
