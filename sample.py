@@ -2,6 +2,7 @@
 
     python sample.py --prompt="arabic letter" --n=4
     python sample.py --prompt="combining g" --trace          # the text as it forms out of noise
+    python sample.py --prompt=greek --trace --gpt=out/gpt.pt # beside a GPT that writes on
     python sample.py --prompts=in.jsonl --output=out.jsonl   # lines of {"prompt": ...}
     python sample.py --prompt="greek" --model=out/gpt.pt     # what another kind of model writes
     python sample.py --out=out/blocks --length=4096          # a Cola DLM writes on and on
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from engine.animation import Side, is_terminal, play
 from engine.checkpoint import write_whole
 from engine.config import command_line
 from engine.corpus import load_encoding
@@ -40,7 +42,8 @@ class SampleConfig:
     temperature: float = option(0.7, "below 1: likelier tokens; 0: the likeliest", 0)
     seed: int = option(0, "seed of the noise", 0, 2**31)
     keep: int = option(0, "tokens to keep each time that the rest is written again; 0: all", 0)
-    trace: bool = option(False, "print the text at a few steps of the way from noise")
+    trace: bool = option(False, "show the text as it forms out of noise")
+    gpt: str = option("", "checkpoint of a GPT, which --trace shows beside it")
     prompts: str = option("", "file of JSON lines with a prompt each, instead of --prompt")
     output: str = option("", "file for the same lines, each with its text and whether it ended")
     batch_size: int = option(64, "prompts at once", 1)
@@ -61,25 +64,16 @@ def read_prompts(options):
 
 
 class Printer:
-    """Prints texts: as they form (trace), as they grow by blocks (stream), or when they are
-    done."""
+    """Prints texts: as they grow by blocks (stream), or when they are done."""
 
-    def __init__(self, encoding, steps):
+    def __init__(self, encoding):
         self.encoding = encoding
-        self.every = max(steps // 10, 1)
-        self.seen = 0
         self.prompt = ""
         self.shown = ""
 
     def text(self, ids):
         text = self.encoding.decode(ids).removesuffix("<|endoftext|>")
         return text.replace("<|endoftext|>", "\n")
-
-    def trace(self, t, texts):
-        if self.seen % self.every == 0:
-            line = "  ".join(repr(self.text(ids)) for ids in texts)
-            print(f"t={t:.3f}  {line}")
-        self.seen += 1
 
     def stream(self, t, texts):
         # The last sign may be a part of a character, which the next block completes.
@@ -88,12 +82,18 @@ class Printer:
         self.shown = whole
 
 
-def main():
-    (options,) = command_line(__doc__, SampleConfig)
-    device, autocast = pick_device(options.device)
-    path = options.model or f"{options.out}/dit.pt"
-    writer = load_writer(path, options.vae or f"{options.out}/vae.pt", device)
-    pick_device(options.device, writer.block_size)  # the kind of attention depends on it
+def encode(given, writer, options):
+    """The prompts of lines as ids, each options.n times, and the encoding."""
+    encoding = load_encoding(writer.tokenizer)
+    prompts = [encoding.encode_ordinary(line["prompt"]) for line in given]
+    prompts = fit(prompts, writer.block or options.length, writer.block_size)
+    return [prompt for prompt in prompts for _ in range(options.n)], encoding
+
+
+def check(options, writer, path):
+    """Raises UserError where an option does not go with others or with the kind of the model."""
+    if options.gpt and not options.trace:
+        raise UserError("--gpt is shown beside a trace: add --trace; or --model=FILE")
     if options.trace and options.keep:
         raise UserError("--trace shows a text that is written all at once; leave --trace out")
     if options.trace and (writer.block or not writer.has_steps):
@@ -106,40 +106,79 @@ def main():
             f"--keep is for models that write all tokens at once; {path} is a {writer.kind}, which "
             "does not; leave --keep out"
         )
-    encoding, eot = load_encoding(writer.tokenizer), writer.tokenizer["eot"]
-    given = read_prompts(options)
-    fitting = [encoding.encode_ordinary(line["prompt"]) for line in given]
-    fitting = fit(fitting, writer.block or options.length, writer.block_size)
-    lines = []
-    prompts = []
-    for line, prompt in zip(given, fitting):
-        lines += [line] * options.n
-        prompts += [prompt] * options.n
 
-    printer = Printer(encoding, options.steps)
+
+def one_by_one(texts):
+    """The steps in which a GPT writes texts (lists of ids), for show_steps."""
+    last = max(map(len, texts))
+    return [(f"n={n}", [ids[:n] for ids in texts]) for n in range(last + 1)]
+
+
+def show_steps(prompts, sides):
+    """In a terminal an animation, elsewhere a line for each of some ten steps."""
+    if is_terminal():
+        play(prompts, sides)
+        return
+    for side in sides:
+        steps = side.steps[1:]
+        for label, texts in steps[:: max(len(steps) // 10, 1)]:
+            print("  ".join([label, *(repr(side.decode(ids)) for ids in texts)]))
+
+
+def main():
+    (options,) = command_line(__doc__, SampleConfig)
+    device, autocast = pick_device(options.device)
+    path = options.model or f"{options.out}/dit.pt"
+    vae = options.vae or f"{options.out}/vae.pt"
+    writer = load_writer(path, vae, device)
+    pick_device(options.device, writer.block_size)  # the kind of attention depends on it
+    check(options, writer, path)
+    given = read_prompts(options)
+    lines = [line for line in given for _ in range(options.n)]
+    prompts, encoding = encode(given, writer, options)
+    if options.gpt:
+        gpt = load_writer(options.gpt, vae, device)
+        if gpt.kind != "gpt":
+            raise UserError(f"--gpt={options.gpt} is a {gpt.kind}, not a GPT")
+        gpt_prompts, gpt_encoding = encode(given, gpt, options)
+
+    printer = Printer(encoding)
     printer.prompt = lines[0]["prompt"]
     callback = None
     if options.trace:
-        callback = printer.trace
+
+        def remember(t, texts):
+            steps.append((f"t={t:.3f}", texts))
+
+        callback = remember
     elif writer.block and len(prompts) == 1 and not options.output:
         callback = printer.stream
     texts = []
     starts = range(0, len(prompts), options.batch_size)
-    for start in tqdm(starts, desc="sample", disable=len(starts) == 1):
-        printer.seen = 0
+    for start in tqdm(starts, desc="sample", disable=len(starts) == 1 or options.trace):
+        batch = slice(start, start + options.batch_size)
+        some = prompts[batch]
+        steps = [("t=1.000", [[] for _ in some])]
         seed = options.seed * 1_000_003 + start  # no two seeds share noise
         sampling = Sampling(options.steps, options.cfg, options.temperature, seed)
-        some = prompts[start : start + options.batch_size]
         with autocast, torch.no_grad():
             if options.keep:
                 texts += write_in_parts(writer, some, options.length, sampling, options.keep)
             else:
                 texts += writer.write(some, options.length, sampling, callback)
+            if options.gpt:
+                by_gpt = gpt.write(gpt_prompts[batch], options.length, sampling)
+        if options.trace:
+            evaluations = 1 if options.cfg == 1 else 2  # of a step: guidance needs two
+            sides = [Side("TextLDM", printer.text, steps, evaluations)]
+            if options.gpt:
+                sides.insert(0, Side("GPT", Printer(gpt_encoding).text, one_by_one(by_gpt), 1))
+            show_steps([line["prompt"] for line in lines[batch]], sides)
 
     if options.output:
         out = []
         for line, ids in zip(lines, texts):
-            line = dict(line, text=printer.text(ids), ended=eot in ids)
+            line = dict(line, text=printer.text(ids), ended=writer.tokenizer["eot"] in ids)
             out.append(json.dumps(line, ensure_ascii=False) + "\n")
         write_whole(options.output, "".join(out))
         return

@@ -162,6 +162,25 @@ def test_a_long_trace_shows_about_ten_steps(home, sample):
     assert out.count("t=") == 10
 
 
+def test_a_trace_shows_the_tokens_of_a_gpt_one_by_one(home, sample):
+    gpt = home / "out/gpt.pt"
+    out = sample("--out", home / "out", "--prompt=greek", "--trace", "--gpt", gpt).out
+    lines = out.splitlines()
+    texts = [line.split("  ", 1)[1] for line in lines if line.startswith("n=")]
+    assert lines[0].startswith("n=1  ")
+    for shorter, longer in zip(texts, texts[1:]):
+        assert eval(longer).startswith(eval(shorter))
+    alone = sample("--model", gpt, "--prompt=greek").out
+    assert eval(texts[-1]) in alone, "the text that the GPT writes alone"
+
+
+def test_a_gpt_beside_a_trace_must_be_one_and_needs_the_trace(home, capsys):
+    dit = home / "out/dit.pt"
+    refuse(capsys, "add --trace", "sample.py", "--out", home / "out", "--gpt", home / "out/gpt.pt")
+    options = ["--out", home / "out", "--trace", "--gpt", dit]
+    refuse(capsys, "is a dit, not a GPT", "sample.py", *options)
+
+
 def test_prompts_of_a_file_are_written_with_their_texts(home, tmp_path, sample):
     lines = [{"prompt": "greek", "id": 1}, {"prompt": "", "id": 2}, {"prompt": "café ☕", "id": 3}]
     source = prompts_in(tmp_path, lines)
@@ -278,7 +297,7 @@ def test_a_text_of_blocks_is_as_long_as_asked(random_models, home, tmp_path, sam
     (text,) = seen
     assert len(text) == 50, "longer than a row, which has 16"
     (line,) = lines_in(target)
-    assert line["text"] == Printer(encoding_of(home), 1).text(text)
+    assert line["text"] == Printer(encoding_of(home)).text(text)
 
 
 def test_a_stream_of_blocks_is_the_text_that_is_written_at_once(random_models, sample):
@@ -307,7 +326,7 @@ def test_a_stream_prints_each_block_once(random_models, monkeypatch, sample):
 
 def test_half_a_character_is_printed_when_it_is_whole(home, capsys):
     encoding = encoding_of(home)
-    printer = Printer(encoding, 1)
+    printer = Printer(encoding)
     printer.prompt = "a"
     coffee = [encoding.encode_single_token(bytes([byte])) for byte in "☕".encode()]
     shown = []
@@ -320,7 +339,7 @@ def test_half_a_character_is_printed_when_it_is_whole(home, capsys):
 def test_end_of_texts_are_line_ends_within_a_text_and_nothing_at_its_end(home):
     encoding = encoding_of(home)
     a = encoding.encode_ordinary("a")
-    assert Printer(encoding, 1).text([*a, 299, *a, 299]) == "a\na"
+    assert Printer(encoding).text([*a, 299, *a, 299]) == "a\na"
 
 
 # ---- Bad options

@@ -1,0 +1,139 @@
+"""Properties of texts as they form in a terminal."""
+
+import importlib
+import io
+import os
+import random
+import re
+
+import pytest
+
+from engine import animation
+from engine.animation import DIM, PLAIN, Side, is_terminal, play
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def letters(ids):
+    return "".join(LETTERS[i] for i in ids)
+
+
+def random_side(rng, title, n_texts, n_steps, cost):
+    """Texts of few letters, so that some of their tokens stay for a while."""
+
+    def text():
+        return [rng.randrange(3) for _ in range(rng.randrange(9))]
+
+    steps = [(f"step {k}", [text() for _ in range(n_texts)]) for k in range(n_steps + 1)]
+    return Side(title, letters, steps, cost)
+
+
+def frames(out):
+    """The screens one after another, as a terminal would show them: lists of lines."""
+    screens = []
+    lines = []
+    for part in re.split(r"(\x1b\[\d+F\x1b\[J)", out):
+        if part.startswith("\x1b["):
+            up = int(re.findall(r"\d+", part)[0])
+            lines = lines[: len(lines) - up]
+        else:
+            lines = lines + part.split("\n")[:-1]
+            screens.append(lines)
+    return screens
+
+
+def plain(line):
+    return line.replace(DIM, "").replace(PLAIN, "")
+
+
+@pytest.fixture
+def terminal(monkeypatch, capsys):
+    """play, in a terminal of some size that does not wait. Returns its screens."""
+
+    def run(prompts, sides, columns=80, rows=24):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setenv("LINES", str(rows))
+        monkeypatch.setattr(animation.time, "sleep", lambda seconds: None)
+        play(prompts, sides)
+        return frames(capsys.readouterr().out)
+
+    return run
+
+
+def test_tokens_that_will_change_are_dim_and_others_plain():
+    rng = random.Random(0)
+    side = random_side(rng, "", 1, 6, 1)
+    versions = [texts[0] for _, texts in side.steps]
+    for k, ids in enumerate(versions):
+        line = "".join(side.lines(0, "", k, 40)).rstrip()
+        found = re.findall(rf"({re.escape(DIM)})?([A-Z])", line)
+        assert "".join(letter for _, letter in found) == letters(ids)
+        for n, (dim, _) in enumerate(found):
+            stays = all(later[n : n + 1] == [ids[n]] for later in versions[k:])
+            assert bool(dim) != stays
+
+
+def test_both_sides_are_shown_after_as_many_evaluations(terminal):
+    rng = random.Random(1)
+    sides = [random_side(rng, "GPT", 2, 3, 1), random_side(rng, "TextLDM", 2, 5, 2)]
+    screens = terminal(["p", "q"], sides)
+    assert len(screens) == 11, "ten evaluations of the slower side, and the beginning"
+    for evaluations, (head, *texts) in enumerate(screens):
+        left, right = min(evaluations, 3), evaluations // 2
+        assert re.split(r"  +", head.strip()) == [
+            f"GPT, step {left}: {left} evaluations",
+            f"TextLDM, step {right}: {2 * right} evaluations",
+        ]
+        for i, line in enumerate(texts):
+            assert plain(line).split() == [
+                "pq"[i] + "|" + letters(side.steps[k][1][i])
+                for side, k in zip(sides, (left, right))
+            ]
+
+
+def test_a_screen_takes_the_place_of_the_one_before_and_fits(terminal):
+    rng = random.Random(2)
+    side = random_side(rng, "TextLDM", 9, 7, 2)
+    for columns, rows in ((80, 24), (20, 6), (13, 2)):
+        for screen in terminal(["a long prompt, which needs lines"] * 9, [side], columns, rows):
+            assert len(screen) < rows
+            assert all(len(plain(line)) < columns for line in screen)
+
+
+def test_half_a_character_and_a_new_line_do_not_break_a_screen(terminal):
+    text = "é\n☕ 語"
+    data = text.encode()
+
+    def decode(ids):
+        return data[: len(ids)].decode(errors="replace")
+
+    steps = [("", [list(range(n))]) for n in range(len(data) + 1)]
+    screens = terminal(["語"], [Side("TextLDM", decode, steps, 1)], columns=30)
+    assert [len(screen) for screen in screens] == [2] * len(screens)
+    assert plain(screens[-1][1]).rstrip() == "語|é ☕ 語"
+
+
+def test_without_colour_nothing_is_dim(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    again = importlib.reload(animation)
+    try:
+        side = random_side(random.Random(3), "", 1, 6, 1)
+        assert not any(
+            "\x1b" in line for k in range(7) for line in again.Side(*side).lines(0, "", k, 9)
+        )
+    finally:
+        monkeypatch.delenv("NO_COLOR")
+        importlib.reload(animation)
+
+
+def test_only_a_terminal_that_can_move_its_cursor_is_animated(monkeypatch):
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    assert not is_terminal()
+    pty = pytest.importorskip("pty")
+    _, end = pty.openpty()
+    with os.fdopen(end, "w") as terminal:
+        monkeypatch.setattr("sys.stdout", terminal)
+        monkeypatch.setenv("TERM", "xterm")
+        assert is_terminal()
+        monkeypatch.setenv("TERM", "dumb")
+        assert not is_terminal()
