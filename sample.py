@@ -21,8 +21,7 @@ from tqdm import tqdm
 from engine.animation import Side, is_terminal, play
 from engine.checkpoint import write_whole
 from engine.config import command_line
-from engine.corpus import load_encoding
-from engine.lines import fit, read_lines
+from engine.lines import read_lines
 from engine.loop import pick_device
 from engine.script import UserError, run_script
 from textldm import Sampling, option
@@ -64,30 +63,24 @@ def read_prompts(options):
 
 
 class Printer:
-    """Prints texts: as they grow by blocks (stream), or when they are done."""
+    """Prints a text as it grows by blocks."""
 
-    def __init__(self, encoding):
-        self.encoding = encoding
-        self.prompt = ""
+    def __init__(self, prompt, decode):
+        self.prompt = prompt
+        self.decode = decode
         self.shown = ""
-
-    def text(self, ids):
-        text = self.encoding.decode(ids).removesuffix("<|endoftext|>")
-        return text.replace("<|endoftext|>", "\n")
 
     def stream(self, t, texts):
         # The last sign may be a part of a character, which the next block completes.
-        whole = f"{self.prompt}|{self.text(texts[0])}".rstrip("\ufffd")
+        whole = f"{self.prompt}|{self.decode(texts[0])}".rstrip("\ufffd")
         print(whole[len(self.shown) :], end="", flush=True)
         self.shown = whole
 
 
 def encode(given, writer, options):
-    """The prompts of lines as ids, each options.n times, and the encoding."""
-    encoding = load_encoding(writer.tokenizer)
-    prompts = [encoding.encode_ordinary(line["prompt"]) for line in given]
-    prompts = fit(prompts, writer.block or options.length, writer.block_size)
-    return [prompt for prompt in prompts for _ in range(options.n)], encoding
+    """The prompts of lines as ids, each options.n times."""
+    prompts = writer.encode([line["prompt"] for line in given], options.length)
+    return [prompt for prompt in prompts for _ in range(options.n)]
 
 
 def check(options, writer, path):
@@ -135,15 +128,15 @@ def main():
     check(options, writer, path)
     given = read_prompts(options)
     lines = [line for line in given for _ in range(options.n)]
-    prompts, encoding = encode(given, writer, options)
+    asked = [line["prompt"] for line in lines]
+    prompts = encode(given, writer, options)
     if options.gpt:
         gpt = load_writer(options.gpt, vae, device)
         if gpt.kind != "gpt":
             raise UserError(f"--gpt={options.gpt} is a {gpt.kind}, not a GPT")
-        gpt_prompts, gpt_encoding = encode(given, gpt, options)
+        gpt_prompts = encode(given, gpt, options)
 
-    printer = Printer(encoding)
-    printer.prompt = lines[0]["prompt"]
+    printer = Printer(asked[0], writer.decode)
     callback = None
     if options.trace:
 
@@ -170,20 +163,20 @@ def main():
                 by_gpt = gpt.write(gpt_prompts[batch], options.length, sampling)
         if options.trace:
             evaluations = 1 if options.cfg == 1 else 2  # of a step: guidance needs two
-            sides = [Side("TextLDM", printer.text, steps, evaluations)]
+            sides = [Side("TextLDM", writer.decode, steps, evaluations)]
             if options.gpt:
-                sides.insert(0, Side("GPT", Printer(gpt_encoding).text, one_by_one(by_gpt), 1))
-            show_steps([line["prompt"] for line in lines[batch]], sides)
+                sides.insert(0, Side("GPT", gpt.decode, one_by_one(by_gpt), 1))
+            show_steps(asked[batch], sides)
 
     if options.output:
         out = []
         for line, ids in zip(lines, texts):
-            line = dict(line, text=printer.text(ids), ended=writer.tokenizer["eot"] in ids)
+            line = dict(line, text=writer.decode(ids), ended=writer.tokenizer["eot"] in ids)
             out.append(json.dumps(line, ensure_ascii=False) + "\n")
         write_whole(options.output, "".join(out))
         return
     for line, ids in zip(lines, texts):
-        whole = f"{line['prompt']}|{printer.text(ids)}"
+        whole = f"{line['prompt']}|{writer.decode(ids)}"
         print(whole[len(printer.shown) :])
 
 

@@ -21,7 +21,7 @@ class Side(NamedTuple):
     cost: int  # evaluations of the network for a step of a text
 
     def lines(self, i, prompt, k, width):
-        """Text i after k steps, in lines of `width` signs. Tokens that will still change are dim."""
+        """Text i after k steps, in lines of `width` signs. Tokens that will change are dim."""
         ids, *later = (texts[i] for _, texts in self.steps[k:])
         signs = [(sign, False) for sign in f"{prompt}|"]
         for n, token in enumerate(ids):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import sys
 
@@ -13,7 +14,7 @@ import variants.writers
 from engine.checkpoint import load_checkpoint, write_whole
 from engine.corpus import Corpus, load_encoding
 from sample import Printer
-from tests.helpers import SIZES, copy_of, load, refuse, run_module, script, train
+from tests.helpers import ROOT, SIZES, copy_of, load, refuse, run_module, script, train
 from textldm import Sampling
 from variants.writers import load_writer
 
@@ -227,6 +228,20 @@ def test_options_are_passed_on_and_what_ended_is_said(home, tmp_path, monkeypatc
     assert [line["text"] for line in written] == texts * 3
 
 
+def test_a_notebook_loads_in_three_lines_and_samples_in_one(home, tmp_path, monkeypatch, sample):
+    """The lines of README.md, on a model of the tests."""
+    code = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)[1]
+    lines = code.splitlines()
+    assert len(lines) == 4
+    assert lines[0] == "from textldm import *"
+    (tmp_path / "out").symlink_to(home / "out")
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(lines[:3]), names := {})
+    text = eval(re.fullmatch(r"print\((.*)\)", lines[3])[1], names)
+    options = ["--prompt=greek small letter", "--steps=20", "--cfg=3", "--temperature=0.7"]
+    assert sample("--out=out", *options).out == f"greek small letter|{text}\n"
+
+
 def test_no_two_batches_share_noise(home, tmp_path, monkeypatch, sample):
     seeds = []
 
@@ -297,7 +312,7 @@ def test_a_text_of_blocks_is_as_long_as_asked(random_models, home, tmp_path, sam
     (text,) = seen
     assert len(text) == 50, "longer than a row, which has 16"
     (line,) = lines_in(target)
-    assert line["text"] == Printer(encoding_of(home)).text(text)
+    assert line["text"] == encoding_of(home).decode(text).replace("<|endoftext|>", "\n")
 
 
 def test_a_stream_of_blocks_is_the_text_that_is_written_at_once(random_models, sample):
@@ -326,8 +341,7 @@ def test_a_stream_prints_each_block_once(random_models, monkeypatch, sample):
 
 def test_half_a_character_is_printed_when_it_is_whole(home, capsys):
     encoding = encoding_of(home)
-    printer = Printer(encoding)
-    printer.prompt = "a"
+    printer = Printer("a", encoding.decode)
     coffee = [encoding.encode_single_token(bytes([byte])) for byte in "☕".encode()]
     shown = []
     for n in (1, 2, 3):
@@ -337,9 +351,9 @@ def test_half_a_character_is_printed_when_it_is_whole(home, capsys):
 
 
 def test_end_of_texts_are_line_ends_within_a_text_and_nothing_at_its_end(home):
-    encoding = encoding_of(home)
-    a = encoding.encode_ordinary("a")
-    assert Printer(encoding).text([*a, 299, *a, 299]) == "a\na"
+    writer = load_writer(str(home / "out/gpt.pt"))
+    (a,) = writer.encode(["a"])
+    assert writer.decode([*a, 299, *a, 299]) == "a\na"
 
 
 # ---- Bad options

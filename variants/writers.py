@@ -1,20 +1,36 @@
 """Writes with a checkpoint of any kind, which names its kind itself."""
 
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable
+
+import torch
 
 from baselines.gpt import generate
 from baselines.masked import MaskedLM, unmask
 from engine.checkpoint import GPT2_NAMES, as_gpt_state, build, load_checkpoint, load_gpt_state
+from engine.corpus import load_encoding
+from engine.lines import fit
 from engine.script import UserError
-from textldm import GPT, DiTConfig, TextDiT, TextVAE, TransformerConfig, VAEConfig, continue_texts
+from textldm import (
+    GPT,
+    DiTConfig,
+    Sampling,
+    TextDiT,
+    TextVAE,
+    TransformerConfig,
+    VAEConfig,
+    continue_texts,
+)
 from variants.cola_dlm import CausalVAE, ColaConfig, ColaDiT, continue_in_blocks
 from variants.ldlm import LDLM, LDLMConfig
 
 KINDS = ("dit", "cola_dlm", "ldlm", "gpt", "masked")
 
 
-class Writer(NamedTuple):
+@dataclass
+class Writer:
     """A model that continues prompts."""
 
     kind: str
@@ -25,8 +41,30 @@ class Writer(NamedTuple):
     has_temperature: bool = True
     has_steps: bool = True  # whether it denoises in steps, which a callback may see
 
+    @cached_property
+    def encoding(self):
+        return load_encoding(self.tokenizer)
 
-def load_writer(path, vae_path, device):
+    def encode(self, prompts, length=0):
+        """Strings as lists of ids, which leave room for `length` more. Raises UserError if there is
+        none; cuts off beginnings, with a warning, where it is short."""
+        ids = [self.encoding.encode_ordinary(prompt) for prompt in prompts]
+        return fit(ids, self.block or length, self.block_size)
+
+    def decode(self, ids):
+        """ids as a string, without the end-of-text token at its end."""
+        text = self.encoding.decode(ids).removesuffix("<|endoftext|>")
+        return text.replace("<|endoftext|>", "\n")
+
+    def text(self, prompt, sampling=Sampling(), length=0):
+        """Continues a string, by at most `length` tokens (0: to the end of a row). Returns what
+        follows it."""
+        with torch.no_grad():
+            (ids,) = self.write(self.encode([prompt], length), length, sampling)
+        return self.decode(ids)
+
+
+def load_writer(path, vae_path="", device="cpu"):
     """The Writer of the checkpoint at path. vae_path: the checkpoint of the VAE, for the kinds that
     have one. Raises UserError."""
     if path in GPT2_NAMES or Path(path).is_dir():  # in Hugging Face's layout
