@@ -8,10 +8,14 @@ out, with a line that says so.
 pipeline      how text becomes latents, and latents text
 trace         text as it forms out of noise (sample.py --trace), a picture and an animation
 training      what the stages minimise, by step
-by_time       the DiT's loss and its estimates, by the time from data to noise
+context       the DiT's loss with its own and with another context, by the time
+estimate      the share of tokens that noisy latents and the DiT's estimate give, by the time
 latents       the latents of validation text on their first two principal components
 frontier      NLL against entropy, a curve for each system of bench/evaluate.py
 long          the text of a DiT against its epochs, beside GPTs (bench/long.sh)
+
+A picture has one message, which is its title. Titles are computed where they can be. What frontier
+and long say depends on the systems, so --title says it.
 """
 
 import ast
@@ -58,6 +62,7 @@ class PlotConfig:
     evaluation: str = option("", "what bench/evaluate.py wrote (OUT/eval.json)")
     systems: str = option("", "which to draw, with commas (all; `a` is a 1, a 2 ..., too)")
     data: str = option("data/names", "folder of the prepared corpus, for latents")
+    title: str = option("", "of frontier and long: what they show")
     prompt: str = option("greek small letter", "for trace")
     pictures: str = option("", "folder to write to (OUT/pictures)")
     seed: int = option(0, "of the noise, for trace", 0)
@@ -114,6 +119,9 @@ class Diagram:
 
 def pipeline(plt, options):
     diagram = Diagram(plt)
+    diagram.axes.set_title(
+        "Text becomes latents, a DiT makes latents out of noise, and they become text"
+    )
     encoder = Box(30, 11, "encoder", PALE_BLUE)
     decoder = Box(64, 12, "decoder", PALE_BLUE)
 
@@ -154,7 +162,7 @@ class Trace:
         self.lines = lines
         self.words = [list(re.finditer(r"\S+", text)) for _, text in lines]
         self.start = len("t=0.00  ") + len(prompt)
-        self.width = self.start + max(len(text) for _, text in lines)
+        self.width = max(45, self.start + max(len(text) for _, text in lines))
 
     def stays(self, i, j):
         """Whether word j of row i is that of all later rows."""
@@ -168,11 +176,12 @@ class Trace:
         """A figure of the first rows, with room for all."""
         rows = len(self.lines)
         em = 0.602 * 12 / 72  # inches of a character of DejaVu Sans Mono at 12 points
-        figure = self.plt.figure(figsize=(em * (self.width + 2), 0.28 * rows + 0.15))
-        limits = dict(xlim=(-1, self.width + 1), ylim=(rows - 0.3, -0.7))
+        figure = self.plt.figure(figsize=(em * (self.width + 2), 0.28 * (rows + 1) + 0.15))
+        limits = dict(xlim=(-1, self.width + 1), ylim=(rows - 0.3, -1.7))
         axes = figure.add_axes((0, 0, 1, 1), **limits)
         axes.axis("off")
         font = dict(family="DejaVu Sans Mono", fontsize=12, va="center_baseline")
+        axes.text(0, -1, "all tokens at once; orange ones still change", color=INK, **font)
         for i, (t, _) in enumerate(self.lines[:shown]):
             axes.text(0, i, f"t={float(t):.2f}  {self.prompt}", color=GREY, **font)
             for j, match in enumerate(self.words[i]):
@@ -280,6 +289,8 @@ def training(plt, options):
     for axes, (stage, (steps, evaluations)) in zip(all_axes[0], found.items()):
         panel = LDLM_PANEL if "diffusion" in steps[0] else PANELS[stage]
         draw_losses(axes, panel, steps, evaluations)
+    steps = sum(steps[-1]["step"] for steps, _ in found.values())
+    figure.suptitle(f"What each stage learns in its steps, {steps:,} in all")
     return figure
 
 
@@ -311,37 +322,64 @@ def finish(axes):
 # ---- By time -------------------------------------------------------------------------------------
 
 
-def by_time(plt, options):
-    """Where the context helps, and where the DiT begins to guess. Earlier evaluations are paler."""
+def evaluations_of(options):
+    """The evaluations of the DiT: tables by time."""
     _, evaluations = metrics_of(options.out, "dit")
     if not evaluations:
-        raise UserError(f"by_time: no evaluations in {options.out}/dit.jsonl")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.6))
-    curves = (
-        (left, "loss", BLUE, "with its own context"),
-        (left, "shuffled", ORANGE, "with the context of another text"),
-        (right, "predicted", BLUE, "read from the DiT's estimate"),
-        (right, "noisy", GREY, "read from the noisy latents"),
-    )
-    for i, (_, val) in enumerate(evaluations):
-        is_last = i == len(evaluations) - 1
+        raise UserError(f"by time: no evaluations in {options.out}/dit.jsonl")
+    return [val["table"] for _, val in evaluations]
+
+
+def draw_by_time(plt, tables, curves, label):
+    """curves: (name, color, label) of what is drawn. Earlier evaluations are paler."""
+    figure, axes = plt.subplots(figsize=(5.6, 3.8))
+    for i, table in enumerate(tables, start=1):
+        is_last = i == len(tables)
         look = dict(
-            alpha=0.25 + 0.75 * (i + 1) / len(evaluations),
+            alpha=0.25 + 0.75 * i / len(tables),
             lw=1.5 if is_last else 0.8,
             marker="o" if is_last else None,
             markersize=4,
         )
-        t = [row["t"] for row in val["table"]]
-        for axes, key, color, label in curves:
-            values = [row[key] for row in val["table"]]
-            axes.plot(t, values, color=color, label=label if is_last else None, **look)
-    time = "t (0 is data, 1 is noise)"
-    loss = "loss on validation text, nats per token\n(or squared error)"
-    left.set(xlabel=time, ylabel=loss, title="Where the context helps")
-    share = "share of tokens that decode right"
-    right.set(xlabel=time, ylabel=share, ylim=(0, 1.02), title="What the DiT makes of noise")
-    finish(left)
-    finish(right)
+        t = [row["t"] for row in table]
+        for key, color, name in curves:
+            values = [row[key] for row in table]
+            axes.plot(t, values, color=color, label=name if is_last else None, **look)
+    axes.set(xlabel="time t (0 is text, 1 is noise)", ylabel=label)
+    finish(axes)
+    return figure, axes
+
+
+def context(plt, options):
+    """Where the context helps."""
+    tables = evaluations_of(options)
+    curves = (
+        ("loss", BLUE, "with its own context"),
+        ("shuffled", ORANGE, "with the context of another text"),
+    )
+    label = "loss of the DiT on validation text,\nnats per token (or squared error)"
+    figure, axes = draw_by_time(plt, tables, curves, label)
+    row = max(tables[-1], key=lambda row: row["shuffled"] - row["loss"])
+    gain = row["shuffled"] - row["loss"]
+    axes.set_title(f"The context helps most at t = {row['t']:g}, by {gain:.1f} nats per token")
+    return figure
+
+
+def estimate(plt, options):
+    """What the DiT makes of noise."""
+    tables = evaluations_of(options)
+    curves = (
+        ("predicted", BLUE, "of the DiT's estimate of the clean latents"),
+        ("noisy", GREY, "of the noisy latents themselves"),
+    )
+    label = "share of tokens that decode right"
+    figure, axes = draw_by_time(plt, tables, curves, label)
+    axes.set_ylim(0, 1.02)
+    row = max(tables[-1], key=lambda row: row["predicted"] - row["noisy"])
+    axes.set_title(
+        f"At t = {row['t']:g} noisy latents give {row['noisy']:.0%} of the tokens,\n"
+        f"and the DiT's estimate gives {row['predicted']:.0%}"
+    )
     return figure
 
 
@@ -360,6 +398,7 @@ def latents(plt, options):
         folders["without REPA"] = options.without
     size = (5.6 * len(folders), 4.8)
     figure, all_axes = plt.subplots(1, len(folders), figsize=size, squeeze=False)
+    shares = {}
     for axes, (title, folder) in zip(all_axes[0], folders.items()):
         z, tokens = latents_of(folder, corpus)
         x = principal_components(z)
@@ -367,11 +406,18 @@ def latents(plt, options):
         dots = axes.scatter(*x.T, c=color, s=5, cmap="viridis", alpha=0.6, linewidths=0)
         write_tokens(axes, x, tokens, np.argsort(-count), corpus.encoding)
         share = share_of_token(z, tokens)
-        axes.set_title(f"{title}: the token fixes {share:.0%}\nof its latent's variance")
+        shares[title] = share
+        axes.set_title(f"{title}: a token fixes {share:.0%}\nof the variance of its latents")
         axes.set_xlabel("first principal component")
     all_axes[0][0].set_ylabel("second principal component")
     label = "how often the token is in the training text, log10"
     figure.colorbar(dots, ax=list(all_axes[0]), label=label)
+    if len(shares) == 2:
+        first, second = (1 - share for share in shares.values())
+        title = (
+            f"With REPA {first:.0%} of a latent tell more than its token, without REPA {second:.0%}"
+        )
+        figure.suptitle(title, y=1.03)
     return figure
 
 
@@ -464,10 +510,12 @@ def frontier(plt, options):
             draw_curve(axes, curve, colors[family_of(name)])
     real = result["real"]
     star = dict(color=INK, markersize=15, label="real text")
+    note = dict(ha="right", va="bottom", fontsize=8, color=GREY)
     axes.plot(real["entropy"], real["nll"], "*", **star)
     axes.set_xlabel("entropy of the tokens, nats (left: repeats itself)")
     axes.set_ylabel("NLL by an independent GPT, nats per token (low: fluent)")
-    axes.set_title("Nearer to the star is better; small numbers are temperatures")
+    axes.set_title(options.title or "Nearer to real text is better")
+    axes.text(0.99, 0.01, "small numbers: temperatures", transform=axes.transAxes, **note)
     finish(axes)
     return figure
 
@@ -536,6 +584,7 @@ def long(plt, options):
     all_axes[0].plot([], [], "o-", color=BLUE, markersize=4, label="TextLDM, two seeds")
     all_axes[0].axhline(result["real"]["nll"], color=INK, lw=1, ls=":", label="real text")
     all_axes[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(options.title)
     figure.tight_layout()
     return figure
 
@@ -560,7 +609,7 @@ def main():
     (options,) = command_line(__doc__, PlotConfig)
     plt = load_matplotlib()
     folder_of(options).mkdir(parents=True, exist_ok=True)
-    for draw in (pipeline, trace, training, by_time, latents, frontier, long):
+    for draw in (pipeline, trace, training, context, estimate, latents, frontier, long):
         path = folder_of(options) / f"{draw.__name__}.png"
         try:
             figure = draw(plt, options)

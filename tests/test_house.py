@@ -229,3 +229,18 @@ def test_links_between_pages_lead_somewhere(page):
         if anchor:
             headings = re.findall(r"(?m)^#+ (.*)$", path.read_text())
             assert anchor in [anchor_of(heading) for heading in headings], target
+
+
+def test_each_snippet_of_from_gpt_stands_in_the_file():
+    """Its lines stand there one after another, but where `...` leaves some out."""
+    lines = [line.strip() for line in (ROOT / "textldm.py").read_text().splitlines()]
+    page = (ROOT / "docs/from_gpt.md").read_text()
+    snippets = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    assert len(snippets) >= 6
+    for snippet in snippets:
+        at = 0
+        for part in re.split(r"^ *\.\.\.\n", snippet, flags=re.M):
+            part = [line.strip() for line in part.splitlines()]
+            while lines[at : at + len(part)] != part:
+                at += 1
+                assert at < len(lines), "\n".join(part)

@@ -1,0 +1,150 @@
+"""A page in which a slider moves a text from noise to its end. One HTML file, which needs no
+network.
+
+    python bench/page.py                # of the models in out/, to out/page.html
+    python bench/page.py --out=out/input --prompts="The; I said"
+
+It shows what the DiT's estimate decodes to at each step, and the probabilities that the DiT gives
+to tokens (with the prompt, at temperature 1). Below, a GPT writes one more token with each step.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from baselines.gpt import generate
+from engine.checkpoint import as_gpt_state, build, load_checkpoint, write_whole
+from engine.config import command_line
+from engine.loop import pick_device
+from engine.script import UserError, run_script
+from textldm import (
+    GPT,
+    TARGET,
+    DiTConfig,
+    Sampling,
+    TextDiT,
+    TextVAE,
+    TransformerConfig,
+    continue_texts,
+    option,
+    texts_of,
+)
+from variants.writers import Writer, load_vae
+
+CANDIDATES = 5
+BEGIN = 6  # the step at which the page opens: of noise alone nothing can be read
+PLACE = "const DATA = null; // bench/page.py puts the run here"
+NAMES = "greek small letter; arabic letter; box drawings; latin capital letter; musical symbol; "
+# Tokens that nobody could see.
+VISIBLE = {"\n": "⏎", "\t": "⇥", "": "␣", " ": " ␣"}
+
+
+@dataclass
+class PageConfig:
+    out: str = option("out", "folder of dit.pt, vae.pt and gpt.pt")
+    gpt: str = option("", "checkpoint of the GPT (OUT/gpt.pt)")
+    page: str = option("", "file to write (OUT/page.html)")
+    prompts: str = option(NAMES, "prompts, with a semicolon between two; one may be empty")
+    steps: int = option(20, "Euler steps", 1, 200)
+    cfg: float = option(3.0, "guidance scale; 1: none", 0, 1000)
+    temperature: float = option(0.7, "below 1: likelier tokens", 0)
+    seed: int = option(0, "seed of the noise", 0, 2**31)
+
+
+def shown(encoding, token):
+    """A token as text that can be seen."""
+    text = encoding.decode([token])
+    if text == "<|endoftext|>":
+        return " (end)"
+    return VISIBLE.get(text, text.replace("\n", "⏎"))
+
+
+def described(encoding, token, p):
+    """A token of a text with its probability and the likeliest candidates, as the page reads them.
+    p (V,): the probabilities of all tokens in its place."""
+    best = p.topk(min(CANDIDATES, len(p)))
+    candidates = []
+    for value, index in zip(best.values.tolist(), best.indices.tolist()):
+        candidates.append([shown(encoding, index), round(value, 4)])
+    return [shown(encoding, token), round(p[token].item(), 4), candidates]
+
+
+def denoised(vae, dit, prompt, sampling, encoding):
+    """What TextLDM writes: for the noise and for each step its time, the evaluations of the network
+    until then, and its tokens."""
+    seen = []  # z, segment and the output of each evaluation; guidance makes two in one batch
+    steps = []  # t and the text of each step
+    hook = dit.register_forward_hook(lambda module, args, output: seen.append((*args[:2], output)))
+    try:
+        continue_texts(
+            vae, dit, [prompt], 0, sampling, lambda t, texts: steps.append((t, texts[0]))
+        )
+    finally:
+        hook.remove()
+    noise, segment, _ = (x[:1] for x in seen[0])  # (1, N, C), (1, N), (1, N, V): with the prompt
+    (text,) = texts_of(vae.to_tokens(noise, segment), segment, dit.config.end_of_text)
+    tokens = [[shown(encoding, token), 0, []] for token in text]
+    found = [dict(t=1.0, evaluations=0, tokens=tokens)]
+    for k, ((t, text), (_, _, output)) in enumerate(zip(steps, seen), start=1):
+        p = output[0].float().softmax(-1)[segment[0] == TARGET]  # (T, V)
+        tokens = [described(encoding, *pair) for pair in zip(text, p)]
+        found.append(dict(t=round(t, 4), evaluations=k * len(output), tokens=tokens))
+    return found
+
+
+def one_by_one(gpt, prompt, sampling, encoding):
+    """What the GPT writes: its tokens."""
+    (text,) = generate(gpt, [prompt], 0, sampling.temperature, seed=sampling.seed)
+    rows = torch.tensor([[gpt.config.end_of_text, *prompt, *text]])  # (1, N)
+    p = gpt(rows)[0].float().softmax(-1)  # (N, V): of the token after each
+    return [described(encoding, *pair) for pair in zip(text, p[len(prompt) :])]
+
+
+@torch.no_grad()
+def main():
+    (options,) = command_line(__doc__, PageConfig)
+    path, vae_path = f"{options.out}/dit.pt", f"{options.out}/vae.pt"
+    state = load_checkpoint(path, "dit", "python train_dit.py makes one")
+    vae = load_vae(vae_path, path, state, TextVAE)
+    dit = build(TextDiT, DiTConfig, state)
+    if not dit.config.predict_tokens:
+        raise UserError(f"{path} predicts velocities, and the page shows probabilities of tokens")
+    gpt_path = options.gpt or f"{options.out}/gpt.pt"
+    gpt_state = load_checkpoint(
+        gpt_path, "gpt", "python baselines/gpt.py makes one", state["tokenizer"]
+    )
+    gpt = build(GPT, TransformerConfig, as_gpt_state(gpt_state, gpt_path))
+    writer = Writer("dit", None, state["tokenizer"], dit.config.block_size)
+    texts = [text.strip() for text in options.prompts.split(";")]
+    seed = options.seed * 1_000_003  # as sample.py makes the noise of its first prompt
+    sampling = Sampling(options.steps, options.cfg, options.temperature, seed)
+
+    runs = []
+    _, autocast = pick_device("cpu", dit.config.block_size)
+    for text, prompt in zip(texts, writer.encode(texts)):
+        with autocast:
+            steps = denoised(vae, dit, prompt, sampling, writer.encoding)
+            tokens = one_by_one(gpt, prompt, sampling, writer.encoding)
+        runs.append(dict(prompt=text, steps=steps, gpt=tokens))
+    about = [
+        f"{options.steps} steps, guidance scale {options.cfg:g}, temperature "
+        f"{options.temperature:g}, seed {options.seed}, not picked.",
+        "With guidance a step has two evaluations of the network, with the prompt and without it. "
+        "Probabilities are those with the prompt, before guidance and temperature.",
+    ]
+    data = json.dumps(dict(runs=runs, about=about, begin=BEGIN), ensure_ascii=False)
+    page = (ROOT / "bench/page.html").read_text(encoding="utf-8")
+    assert PLACE in page
+    data = data.replace("<", "\\u003c")  # a text may not end the script
+    target = options.page or f"{options.out}/page.html"
+    write_whole(target, page.replace(PLACE, f"const DATA = {data};"))
+    print(f"{target}: {len(runs)} prompts, {Path(target).stat().st_size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,187 @@
+"""Properties of the page of bench/page.py, in a real browser too, where there is one."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from bench.page import shown
+from engine.loop import pick_device
+from tests.browser import Browser, chromium
+from tests.helpers import ROOT, refuse, script
+from textldm import Sampling
+from variants.writers import load_writer
+
+PROMPTS = ["greek small letter", "</script><b>&amp", ""]
+STEPS = 5
+SETTINGS = [f"--steps={STEPS}", "--cfg=3", "--temperature=0.7", "--seed=4"]
+
+
+@pytest.fixture(scope="module")
+def page(home, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    options = ["--out", home / "out", "--page", path, "--prompts=" + ";".join(PROMPTS)]
+    script("bench/page.py", *options, *SETTINGS)
+    return path
+
+
+def data_of(page):
+    line = re.search(r"^const DATA = (.*);$", page.read_text(encoding="utf-8"), re.M)[1]
+    return json.loads(line)
+
+
+def words(tokens):
+    return [word for word, _, _ in tokens]
+
+
+def test_its_last_step_is_what_the_models_write(page, home):
+    sampling = Sampling(STEPS, 3, 0.7, 4 * 1_000_003)  # the seed of sample.py's first prompt
+    for run in data_of(page)["runs"]:
+        for model, tokens in (("dit", run["steps"][-1]["tokens"]), ("gpt", run["gpt"])):
+            writer = load_writer(home / f"out/{model}.pt", home / "out/vae.pt")
+            _, autocast = pick_device("cpu", writer.block_size)
+            with autocast, torch.no_grad():
+                (ids,) = writer.write(writer.encode([run["prompt"]]), 0, sampling)
+            assert words(tokens) == [shown(writer.encoding, token) for token in ids]
+
+
+def test_candidates_are_the_likeliest_and_a_token_has_its_own_probability(page):
+    for run in data_of(page)["runs"]:
+        assert [step["evaluations"] for step in run["steps"]] == [2 * k for k in range(STEPS + 1)]
+        times = [step["t"] for step in run["steps"]]
+        assert times[0] == times[1] == 1
+        assert times == sorted(times, reverse=True)
+        written = [step["tokens"] for step in run["steps"][1:]] + [run["gpt"]]
+        for word, p, candidates in sum(written, []):
+            values = [value for _, value in candidates]
+            assert len(values) == 5
+            assert values == sorted(values, reverse=True)
+            assert sum(values) <= 1.001
+            assert p <= values[0]
+            assert [word, p] in candidates or p <= values[-1]
+
+
+def test_it_needs_a_model_that_gives_probabilities_of_tokens(home, capsys, tmp_path):
+    options = ["--out", home / "out", "--page", tmp_path / "page.html"]
+    refuse(capsys, "is missing", "bench/page.py", *options, "--gpt", tmp_path / "gpt.pt")
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_the_page_in_docs_is_small_and_is_made_of_the_template():
+    page = ROOT / "docs/page.html"
+    assert page.stat().st_size < 300_000
+    template = (ROOT / "bench/page.html").read_text(encoding="utf-8")
+    line = r"^const DATA = .*;.*$"
+    found = re.sub(line, "", page.read_text(encoding="utf-8"), flags=re.M)
+    assert found == re.sub(line, "", template, flags=re.M), "make it again: bench/page.py"
+
+
+# ---- In a browser
+
+
+@pytest.fixture(scope="module")
+def window(tmp_path_factory):
+    if not chromium():
+        pytest.skip("no Chromium")
+    browser = Browser(tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def browser(window, page):
+    """A browser that shows the page, which may not complain or ask for another file."""
+    window.look(800, 900, "light")
+    window.open(page)
+    yield window
+    assert window.errors == []
+
+
+def visible(browser, model):
+    selector = f"#{model}-text .token"
+    return browser.run(f"[...document.querySelectorAll('{selector}')].map(x => x.textContent)")
+
+
+def test_the_slider_moves_the_text_by_keys(browser, page):
+    run = data_of(page)["runs"][0]
+    browser.run("find('step').focus()")
+    browser.press("Home")
+    for step in range(STEPS + 1):
+        assert visible(browser, "ldm") == words(run["steps"][step]["tokens"])
+        assert visible(browser, "gpt") == words(run["gpt"][:step])
+        count = browser.run("find('ldm-count').textContent")
+        assert f"step {step} of {STEPS}" in count
+        assert f"{2 * step} evaluations" in count
+        browser.press("ArrowRight")
+    browser.press("ArrowLeft")
+    assert visible(browser, "ldm") == words(run["steps"][STEPS - 1]["tokens"])
+
+
+def test_a_token_shows_its_candidates_by_touch_and_by_keys(browser, page):
+    run = data_of(page)["runs"][0]
+    rows = (
+        "[...document.querySelectorAll('#candidates tr')].map(x => x.cells[0].textContent.trim())"
+    )
+
+    def expected(token):
+        return [word[1:].strip() if word[0] == " " else "…" + word.rstrip() for word, _ in token[2]]
+
+    browser.run("find('step').focus()")
+    browser.press("End")
+    tokens = run["steps"][STEPS]["tokens"]
+    browser.touch(f"#ldm-text .token:nth-of-type({len(tokens)})")
+    assert browser.run(rows) == expected(tokens[-1])
+    browser.touch("#gpt-text .token:nth-of-type(1)")
+    assert browser.run(rows) == expected(run["gpt"][0])
+    browser.run("document.querySelector('#ldm-text .token').focus()")
+    assert browser.run(rows) == expected(tokens[0])
+
+
+def test_another_prompt_shows_its_own_text(browser, page):
+    for i, run in enumerate(data_of(page)["runs"]):
+        browser.touch(f"#prompts label:nth-of-type({i + 1})")
+        prompt = browser.run("document.querySelector('#ldm-text .prompt').textContent")
+        assert prompt.strip() == run["prompt"]
+        assert browser.run("document.querySelectorAll('.text b').length") == 0, "text is not code"
+
+
+def test_play_goes_to_the_end_and_stops(browser):
+    browser.run("window.setInterval = (f, ms) => window.tick = f")
+    browser.run("find('play').click()")
+    for _ in range(STEPS):
+        browser.run("timer && tick()")
+    assert browser.run("find('step').value") == str(STEPS)
+    assert browser.run("timer") is None
+    assert browser.run("find('play').textContent") == "Play"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_contrast_on_every_colour(browser, scheme):
+    """4.5 to 1 is what WCAG asks for."""
+    browser.look(800, 900, scheme)
+    code = """(() => {
+      const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+      const style = getComputedStyle(document.documentElement);
+      const light = name => {
+        canvas.fillStyle = style.getPropertyValue(name);
+        canvas.fillRect(0, 0, 1, 1);
+        const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map(
+          x => x / 255 <= .04045 ? x / 255 / 12.92 : ((x / 255 + .055) / 1.055) ** 2.4);
+        return .2126 * r + .7152 * g + .0722 * b;
+      };
+      const pairs = [["--ink", "--unsure"], ["--ink", "--sure"], ["--ink", "--card"],
+        ["--faint", "--card"], ["--faint", "--page"], ["--accent", "--page"]];
+      return pairs.map(([a, b]) => {
+        const [low, high] = [light(a), light(b)].sort((x, y) => x - y);
+        return (high + .05) / (low + .05);
+      });
+    })()"""
+    assert min(browser.run(code)) >= 4.5
+
+
+@pytest.mark.parametrize("width", [320, 800])
+def test_no_window_is_too_narrow(browser, width):
+    browser.look(width, 700, "light")
+    browser.run("find('step').value = 0; show()")
+    assert browser.run("document.documentElement.scrollWidth") <= width
