@@ -37,9 +37,13 @@ from textldm import (
 from variants.writers import Writer, load_vae
 
 CANDIDATES = 5
-BEGIN = 6  # the step at which the page opens: of noise alone nothing can be read
+BEGIN = 3  # the step at which the page opens: of noise alone nothing can be read
 PLACE = "const DATA = null; // bench/page.py puts the run here"
 NAMES = "greek small letter; arabic letter; box drawings; latin capital letter; musical symbol; "
+ABOUT_NAMES = (
+    "Both models have learnt the names of Unicode's characters, such as “greek small letter alpha "
+    "with tonos”. What they write may be a name that does not exist."
+)
 # Tokens that nobody could see.
 VISIBLE = {"\n": "⏎", "\t": "⇥", "": "␣", " ": " ␣"}
 
@@ -105,6 +109,26 @@ def one_by_one(gpt, prompt, sampling, encoding):
     return [described(encoding, *pair) for pair in zip(text, p[len(prompt) :])]
 
 
+def notes(runs, options):
+    """What the page says below."""
+    counts = sorted(len(run["gpt"]) for run in runs)
+    most = runs[0]["steps"][-1]["evaluations"]
+    lines = [
+        f"TextLDM needs {most} evaluations of its network here, the GPT {counts[0]} to {counts[-1]}.",
+        "(end): the text ends here. A text without it has filled its row. …s goes on with the word "
+        "before it.",
+        f"{options.steps} steps, guidance scale {options.cfg:g}, temperature "
+        f"{options.temperature:g}, seed {options.seed}, not picked.",
+    ]
+    if options.cfg != 1:
+        lines[1:1] = [
+            "With guidance a step has two evaluations: with the prompt and without it, or, where "
+            "there is no prompt, with the last guess and without it. Probabilities are of the first. "
+            "The text is decoded from a mix of both, so it can hold a token that they rule out.",
+        ]
+    return lines
+
+
 @torch.no_grad()
 def main():
     (options,) = command_line(__doc__, PageConfig)
@@ -131,15 +155,10 @@ def main():
             steps = denoised(vae, dit, prompt, sampling, writer.encoding)
             tokens = one_by_one(gpt, prompt, sampling, writer.encoding)
         runs.append(dict(prompt=text, steps=steps, gpt=tokens))
-    about = [
-        f"{options.steps} steps, guidance scale {options.cfg:g}, temperature "
-        f"{options.temperature:g}, seed {options.seed}, not picked.",
-        "With guidance a step has two evaluations of the network, with the prompt and without it. "
-        "Probabilities are those with the prompt, before guidance and temperature.",
-    ]
-    data = json.dumps(dict(runs=runs, about=about, begin=BEGIN), ensure_ascii=False)
+    content = dict(runs=runs, about=notes(runs, options), begin=BEGIN)
+    content["corpus"] = ABOUT_NAMES if options.prompts == NAMES else ""
+    data = json.dumps(content, ensure_ascii=False)
     page = (ROOT / "bench/page.html").read_text(encoding="utf-8")
-    assert PLACE in page
     data = data.replace("<", "\\u003c")  # a text may not end the script
     target = options.page or f"{options.out}/page.html"
     write_whole(target, page.replace(PLACE, f"const DATA = {data};"))

@@ -112,8 +112,8 @@ class Diagram:
         for left, right in zip(boxes, boxes[1:]):
             self.arrow((left.x + left.width, y), (right.x, y))
 
-    def arrow(self, start, end, style="-|>", gap=1, size=10):
-        look = dict(arrowstyle=style, color=INK, lw=1, mutation_scale=size)
+    def arrow(self, start, end, gap=1, size=10):
+        look = dict(arrowstyle="-|>", color=INK, lw=1, mutation_scale=size)
         self.axes.annotate("", end, start, arrowprops=dict(look, shrinkA=gap, shrinkB=gap))
 
 
@@ -131,7 +131,7 @@ def pipeline(plt, options):
     tokens_out = Box(81, 10, "tokens", WHITE)
     diagram.row(32, tokens_in, encoder, latents_z, decoder, tokens_out)
     diagram.row(24.8, Box(42, 21, "frozen GPT's features", PALE_GREY))
-    diagram.arrow((52.5, 27.4), (52.5, 29.4), style="<|-|>", gap=0, size=7)
+    diagram.arrow((52.5, 27.4), (52.5, 29.4), gap=0, size=7)
     diagram.axes.text(54, 28.4, "made alike (REPA)", fontsize=8.5, va="center", color=INK)
 
     diagram.title(18, "stage 2\ntrain_dit.py")

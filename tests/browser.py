@@ -119,13 +119,21 @@ class Browser:
                 "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code
             )
 
-    def touch(self, selector):
-        """A tap on the middle of an element."""
+    def middle_of(self, selector):
+        """Where the middle of an element is, which scrolls there."""
         self.run(f"document.querySelector({selector!r}).scrollIntoView({{block: 'center'}})")
         box = f"document.querySelector({selector!r}).getBoundingClientRect()"
-        x = self.run(f"{box}.x + {box}.width / 2")
-        y = self.run(f"{box}.y + {box}.height / 2")
-        self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[dict(x=x, y=y)])
+        return dict(
+            x=self.run(f"{box}.x + {box}.width / 2"), y=self.run(f"{box}.y + {box}.height / 2")
+        )
+
+    def hover(self, selector):
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", **self.middle_of(selector))
+
+    def touch(self, selector):
+        """A tap on the middle of an element."""
+        point = self.middle_of(selector)
+        self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[point])
         self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
     def look(self, width, height, scheme):

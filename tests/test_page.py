@@ -99,7 +99,7 @@ def browser(window, page):
 
 
 def visible(browser, model):
-    selector = f"#{model}-text .token"
+    selector = f"#{model}-text .place"
     return browser.run(f"[...document.querySelectorAll('{selector}')].map(x => x.textContent)")
 
 
@@ -118,31 +118,45 @@ def test_the_slider_moves_the_text_by_keys(browser, page):
     assert visible(browser, "ldm") == words(run["steps"][STEPS - 1]["tokens"])
 
 
-def test_a_token_shows_its_candidates_by_touch_and_by_keys(browser, page):
+def test_a_token_shows_its_candidates_by_touch_keys_and_mouse(browser, page):
     run = data_of(page)["runs"][0]
-    rows = (
-        "[...document.querySelectorAll('#candidates tr')].map(x => x.cells[0].textContent.trim())"
-    )
+    rows = "[...document.querySelectorAll('#candidates tr')].map(x => x.cells[1].textContent)"
+    marked = "document.querySelectorAll('#candidates tr[aria-current]').length"
+    title = "document.querySelector('#candidates h3').textContent"
 
-    def expected(token):
-        return [word[1:].strip() if word[0] == " " else "…" + word.rstrip() for word, _ in token[2]]
+    def check(model, place, token):
+        word, p, candidates = token
+        known = any(name == word for name, _ in candidates)
+        assert len(browser.run(rows)) == len(candidates) + (not known)
+        assert browser.run(marked) == 1
+        assert browser.run(title).startswith(f"{model}, place {place}: “{word.strip()}”")
 
     browser.run("find('step').focus()")
     browser.press("End")
     tokens = run["steps"][STEPS]["tokens"]
-    browser.touch(f"#ldm-text .token:nth-of-type({len(tokens)})")
-    assert browser.run(rows) == expected(tokens[-1])
-    browser.touch("#gpt-text .token:nth-of-type(1)")
-    assert browser.run(rows) == expected(run["gpt"][0])
+    browser.touch(f"#ldm-text .place:nth-of-type({len(tokens) + 1}) button")
+    check("TextLDM", len(tokens), tokens[-1])
+    browser.touch("#gpt-text .place:nth-of-type(2) button")
+    check("GPT", 1, run["gpt"][0])
     browser.run("document.querySelector('#ldm-text .token').focus()")
-    assert browser.run(rows) == expected(tokens[0])
+    check("TextLDM", 1, tokens[0])
+    browser.hover("#gpt-text .place:nth-of-type(2) button")
+    check("GPT", 1, run["gpt"][0])
+
+
+def test_the_focus_stays_in_the_text_when_its_token_goes(browser, page):
+    for step in range(STEPS, -1, -1):
+        browser.run(f"find('step').value = {STEPS}; show()")
+        browser.run("[...document.querySelectorAll('#ldm-text .token')].at(-1).focus()")
+        browser.run(f"find('step').value = {step}; show()")
+        assert browser.run("document.activeElement.className").startswith("token")
 
 
 def test_another_prompt_shows_its_own_text(browser, page):
     for i, run in enumerate(data_of(page)["runs"]):
         browser.touch(f"#prompts label:nth-of-type({i + 1})")
         prompt = browser.run("document.querySelector('#ldm-text .prompt').textContent")
-        assert prompt.strip() == run["prompt"]
+        assert prompt == run["prompt"]
         assert browser.run("document.querySelectorAll('.text b').length") == 0, "text is not code"
 
 
@@ -153,7 +167,7 @@ def test_play_goes_to_the_end_and_stops(browser):
         browser.run("timer && tick()")
     assert browser.run("find('step').value") == str(STEPS)
     assert browser.run("timer") is None
-    assert browser.run("find('play').textContent") == "Play"
+    assert browser.run("find('play').textContent") == "Replay"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -180,8 +194,11 @@ def test_text_has_contrast_on_every_colour(browser, scheme):
     assert min(browser.run(code)) >= 4.5
 
 
-@pytest.mark.parametrize("width", [320, 800])
-def test_no_window_is_too_narrow(browser, width):
+@pytest.mark.parametrize("width, zoom", [(320, 100), (320, 200), (800, 200)])
+def test_no_window_is_too_narrow(browser, width, zoom):
     browser.look(width, 700, "light")
-    browser.run("find('step').value = 0; show()")
-    assert browser.run("document.documentElement.scrollWidth") <= width
+    browser.run(f"document.documentElement.style.fontSize = '{zoom}%'")
+    for step in range(STEPS + 1):
+        browser.run(f"find('step').value = {step}; show()")
+        assert browser.run("document.documentElement.scrollWidth") <= width
+        assert browser.run("find('step').getBoundingClientRect().width") > 100
