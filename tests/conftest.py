@@ -7,7 +7,7 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers, which reads it once
 
 from engine.script import unlock_all
-from tests.helpers import DOCUMENTS, script, train, write_jsonl
+from tests.helpers import DOCUMENTS, make_quick, script, train, write_jsonl
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,9 @@ def home(tmp_path_factory):
     write_jsonl(home / "docs.jsonl", [f"{text} {i}" for i, text in enumerate(DOCUMENTS)])
     options = ["--encoding=bpe", "--vocab_size=300", "--layout=documents", "--val_fraction=0.2"]
     script("data/prepare.py", home / "docs.jsonl", "--out", home / "data", *options)
-    train(home, "baselines/gpt.py")
-    train(home, "train_vae.py")
-    train(home, "train_dit.py")
+    with pytest.MonkeyPatch.context() as m:
+        make_quick(m)
+        train(home, "baselines/gpt.py")
+        train(home, "train_vae.py")
+        train(home, "train_dit.py")
     return home

@@ -6,8 +6,11 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import engine.evaluation
+from engine.corpus import Corpus
 from engine.script import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +24,21 @@ DOCUMENTS = [
     "café ☕ naïve",
     "one two three four five six",
 ] * 40
+
+
+def few_fixed_batches(corpus, n, device):
+    """Corpus.fixed_batches, of less rows: what is computed of them takes less time."""
+    return [corpus.batch(np.random.default_rng((0, i)), 16, corpus.N) for i in range(min(n, 2))]
+
+
+def short_samples(vae, dit, prompts, *more):
+    """continue_texts, of one token each: the samples of an evaluation take most of its time."""
+    return [[5] for _ in prompts]
+
+
+def make_quick(monkeypatch):
+    monkeypatch.setattr(Corpus, "fixed_batches", few_fixed_batches)
+    monkeypatch.setattr(engine.evaluation, "continue_texts", short_samples)
 
 
 def load(path):

@@ -38,7 +38,18 @@ from engine.loop import Run, minutes, pick_dtype, recompute_blocks, set_learning
 from engine.muon import Muon, make_optimizers, orthogonal
 from engine.script import UserError
 from engine.statistics import feature_statistics
-from tests.helpers import ROOT, SIZES, copy_of, load, run_module, snapshot, train
+from tests.helpers import (
+    ROOT,
+    SIZES,
+    copy_of,
+    few_fixed_batches,
+    load,
+    make_quick,
+    run_module,
+    short_samples,
+    snapshot,
+    train,
+)
 from textldm import (
     GPT,
     TARGET,
@@ -140,24 +151,6 @@ def lines_of(path):
     steps = [line for line in lines if "norm" in line]
     evaluations = [line for line in lines if "val" in line]
     return steps, evaluations
-
-
-def few_fixed_batches(corpus, n, device):
-    """Corpus.fixed_batches, of less rows: what is computed of them takes less time."""
-    batches = []
-    for i in range(min(n, 2)):
-        batches.append(corpus.batch(np.random.default_rng((0, i)), 16, corpus.N))
-    return batches
-
-
-def short_samples(vae, dit, prompts, *more):
-    """continue_texts, of one token each: the samples of an evaluation take most of its time."""
-    return [[5] for _ in prompts]
-
-
-def make_quick(monkeypatch):
-    monkeypatch.setattr(Corpus, "fixed_batches", few_fixed_batches)
-    monkeypatch.setattr(engine.evaluation, "continue_texts", short_samples)
 
 
 @pytest.fixture
@@ -1533,8 +1526,7 @@ import torch.distributed as dist
 from engine.corpus import Corpus
 from engine.loop import Run
 from engine.script import UserError
-from tests.helpers import load, run_module
-from tests.test_engine import few_fixed_batches
+from tests.helpers import few_fixed_batches, load, run_module
 
 Corpus.fixed_batches = few_fixed_batches
 rank = int(os.environ["RANK"])

@@ -6,7 +6,6 @@ import re
 import shutil
 import sys
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,7 +13,17 @@ import variants.writers
 from engine.checkpoint import load_checkpoint, write_whole
 from engine.corpus import Corpus, load_encoding
 from sample import Printer
-from tests.helpers import ROOT, SIZES, copy_of, load, refuse, run_module, script, train
+from tests.helpers import (
+    ROOT,
+    SIZES,
+    copy_of,
+    few_fixed_batches,
+    load,
+    refuse,
+    run_module,
+    script,
+    train,
+)
 from textldm import Sampling
 from variants.writers import load_writer
 
@@ -28,11 +37,6 @@ TRAINING = [
     "variants/cola_dlm.py dit",
 ]
 KINDS = ["gpt", "dit", "masked", "ldlm", "cola_dlm"]
-
-
-def few_fixed_batches(corpus, n, device):
-    """Corpus.fixed_batches, of less rows: what is computed of them takes less time."""
-    return [corpus.batch(np.random.default_rng((0, i)), 16, corpus.N) for i in range(min(n, 2))]
 
 
 @pytest.fixture(scope="module")

@@ -23,12 +23,21 @@ from engine.config import TrainConfig, command_line
 from engine.corpus import Corpus
 from engine.loop import Run, Stopped
 from engine.script import LOCKS, Output, UserError, lock, run_script, unlock_all
-from tests.helpers import ROOT, copy_of, load, refuse, script, snapshot, train, training_options
+from tests.helpers import (
+    ROOT,
+    copy_of,
+    load,
+    make_quick,
+    refuse,
+    script,
+    snapshot,
+    train,
+    training_options,
+)
 from tests.test_engine import (
     Killed,
     ToyCorpus,
     equal_states,
-    make_quick,
     sum_of_weights,
     toy_run,
 )
@@ -445,7 +454,7 @@ import torch._dynamo  # what an optimizer imports, and takes seconds
 import baselines.gpt
 import sample
 from engine.corpus import Corpus
-from tests.test_engine import few_fixed_batches
+from tests.helpers import few_fixed_batches
 
 Corpus.fixed_batches = few_fixed_batches
 
