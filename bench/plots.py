@@ -290,7 +290,7 @@ def training(plt, options):
         panel = LDLM_PANEL if "diffusion" in steps[0] else PANELS[stage]
         draw_losses(axes, panel, steps, evaluations)
     steps = sum(steps[-1]["step"] for steps, _ in found.values())
-    figure.suptitle(f"What each stage learns in its steps, {steps:,} in all")
+    figure.suptitle(f"The losses of all stages fall fast, then slowly: {steps:,} steps in all")
     return figure
 
 
@@ -414,9 +414,8 @@ def latents(plt, options):
     figure.colorbar(dots, ax=list(all_axes[0]), label=label)
     if len(shares) == 2:
         first, second = (1 - share for share in shares.values())
-        title = (
-            f"With REPA {first:.0%} of a latent tell more than its token, without REPA {second:.0%}"
-        )
+        title = f"REPA lets latents hold more than their tokens: {first:.0%} of the variance"
+        title += f", and {second:.0%} without it"
         figure.suptitle(title, y=1.03)
     return figure
 
