@@ -114,7 +114,8 @@ def notes(runs, options):
     counts = sorted(len(run["gpt"]) for run in runs)
     most = runs[0]["steps"][-1]["evaluations"]
     lines = [
-        f"TextLDM needs {most} evaluations of its network here, the GPT {counts[0]} to {counts[-1]}.",
+        f"TextLDM needs {most} evaluations of its network here, the GPT {counts[0]} to "
+        f"{counts[-1]}.",
         "(end): the text ends here. A text without it has filled its row. …s goes on with the word "
         "before it.",
         f"{options.steps} steps, guidance scale {options.cfg:g}, temperature "
@@ -123,8 +124,9 @@ def notes(runs, options):
     if options.cfg != 1:
         lines[1:1] = [
             "With guidance a step has two evaluations: with the prompt and without it, or, where "
-            "there is no prompt, with the last guess and without it. Probabilities are of the first. "
-            "The text is decoded from a mix of both, so it can hold a token that they rule out.",
+            "there is no prompt, with the last guess and without it. Probabilities are of the "
+            "first. The text is decoded from a mix of both, so it can hold a token that they rule "
+            "out.",
         ]
     return lines
 
