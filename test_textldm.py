@@ -686,11 +686,12 @@ def test_guidance_scale_1_is_the_conditional_model_and_0_the_unconditional(dit):
     t = torch.tensor(0.4)
     without_context = torch.where(is_target[..., None], z, 0.0)
 
-    def estimate(x):
+    def estimate(x, guess):
         output = dit(x, batch.segment, t.expand(4), guess)
         return dit.estimate(output, x, t)[is_target]
 
-    conditional, unconditional = estimate(z), estimate(without_context)
+    conditional = estimate(z, guess)
+    unconditional = estimate(without_context, 0 * guess)
     assert not torch.allclose(conditional, unconditional, atol=1e-3)
     extrapolated = unconditional + 3 * (conditional - unconditional)
     expected = {1: conditional, 1 + 1e-7: conditional, 0: unconditional, 3: extrapolated}
@@ -700,19 +701,22 @@ def test_guidance_scale_1_is_the_conditional_model_and_0_the_unconditional(dit):
         assert torch.allclose(guided[is_target], z_0, atol=1e-4), scale
 
 
-def test_without_a_prompt_guidance_goes_away_from_the_estimate_without_a_guess(told_dit):
+def test_guidance_goes_away_from_the_estimate_without_context_and_guess(told_dit):
+    """With a prompt, and where there is none."""
     segment = torch.full((4, N), TARGET)
-    segment[2:, :2] = CONTEXT  # of other rows
+    segment[2:, :2] = CONTEXT
+    is_target = segment == TARGET
     z, guess = torch.randn(2, 4, N, C)
+    without_context = torch.where(is_target[..., None], z, 0.0)
     t = torch.tensor(0.4)
 
-    def guided(guess, scale):
-        guided = guided_estimate(told_dit, z, t, guess, segment, Sampling(cfg_scale=scale))
-        return guided[:2]
+    def guided(z, guess, scale):
+        sampling = Sampling(cfg_scale=scale)
+        return guided_estimate(told_dit, z, t, guess, segment, sampling)[is_target]
 
-    told, untold = guided(guess, 1), guided(0 * guess, 1)
-    assert not torch.allclose(told, untold, atol=1e-3)
-    assert torch.allclose(guided(guess, 3), untold + 3 * (told - untold), atol=1e-4)
+    e_c, e_u = guided(z, guess, 1), guided(without_context, 0 * guess, 1)
+    assert not torch.allclose(e_c, guided(z, 0 * guess, 1), atol=1e-3)
+    assert torch.allclose(guided(z, guess, 3), e_u + 3 * (e_c - e_u), atol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])

@@ -528,15 +528,14 @@ class Sampling:
 def guided_estimate(dit, z, t, guess, segment, sampling):
     """Classifier-free guidance [CFG]: e_u + w (e_c - e_u), where e_c (B, N, C) is the estimate of
     z_0 with context and e_u the one without, for rows z (B, N, C) at a scalar time t. The
-    velocity is affine in the estimate, so this guides it. deviation: without a prompt only
-    e_c is told the guess, or it would equal e_u (ELF, arXiv 2605.10938)."""
+    velocity is affine in the estimate, so this guides it. deviation: e_u is told no guess. So
+    guidance goes beyond the last guess, too, even without a prompt (ELF, arXiv 2605.10938)."""
     w = sampling.cfg_scale
     is_guided = w != 1
-    if is_guided:  # copy 2 has no context
+    if is_guided:  # copy 2 has no context and no guess
         is_target = (segment == TARGET)[..., None]
         z = torch.cat((z, torch.where(is_target, z, 0.0)))  # (2 B, N, C)
-        prompted = (segment == CONTEXT).any(1)[:, None, None]  # (B, 1, 1)
-        guess = torch.cat((guess, guess * prompted))
+        guess = torch.cat((guess, torch.zeros_like(guess)))
         segment = segment.repeat(2, 1)
     mask = (segment != PADDING)[:, None, None]
     output = dit(z, segment, t.expand(len(z)), guess, mask)
