@@ -12,21 +12,25 @@
 """
 
 import json
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from engine.animation import Side, is_terminal, play
-from engine.checkpoint import write_whole
+from engine.animation import Side, play
+from engine.checkpoint import load_gpt_state, write_whole
 from engine.config import command_line
 from engine.lines import read_lines
 from engine.loop import pick_device
 from engine.script import UserError, run_script
 from textldm import Sampling, option
 from variants.parts import write_in_parts
-from variants.writers import load_writer
+from variants.writers import gpt_writer, load_writer
+
+TITLES = dict(dit="TextLDM", ldlm="LDLM")  # of the kinds that --trace shows
 
 
 @dataclass
@@ -42,7 +46,7 @@ class SampleConfig:
     seed: int = option(0, "seed of the noise", 0, 2**31)
     keep: int = option(0, "tokens to keep each time that the rest is written again; 0: all", 0)
     trace: bool = option(False, "show the text as it forms out of noise")
-    gpt: str = option("", "checkpoint of a GPT, which --trace shows beside it")
+    gpt: str = option("", "checkpoint of a GPT; --trace shows what it writes beside the text")
     prompts: str = option("", "file of JSON lines with a prompt each, instead of --prompt")
     output: str = option("", "file for the same lines, each with its text and whether it ended")
     batch_size: int = option(64, "prompts at once", 1)
@@ -86,7 +90,7 @@ def encode(given, writer, options):
 def check(options, writer, path):
     """Raises UserError where an option does not go with others or with the kind of the model."""
     if options.gpt and not options.trace:
-        raise UserError("--gpt is shown beside a trace: add --trace; or --model=FILE")
+        raise UserError("--gpt needs --trace; to write with a GPT alone, use --model=FILE")
     if options.trace and options.keep:
         raise UserError("--trace shows a text that is written all at once; leave --trace out")
     if options.trace and (writer.block or not writer.has_steps):
@@ -109,12 +113,14 @@ def one_by_one(texts):
 
 def show_steps(prompts, sides):
     """In a terminal an animation, elsewhere a line for each of some ten steps."""
-    if is_terminal():
+    if sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
         play(prompts, sides)
         return
     for side in sides:
         steps = side.steps[1:]
-        for label, texts in steps[:: max(len(steps) // 10, 1)]:
+        some = steps[:: max(len(steps) // 10, 1)]
+        some[-1] = steps[-1]  # what is written in the end
+        for label, texts in some:
             print("  ".join([label, *(repr(side.decode(ids)) for ids in texts)]))
 
 
@@ -131,27 +137,25 @@ def main():
     asked = [line["prompt"] for line in lines]
     prompts = encode(given, writer, options)
     if options.gpt:
-        gpt = load_writer(options.gpt, vae, device)
-        if gpt.kind != "gpt":
-            raise UserError(f"--gpt={options.gpt} is a {gpt.kind}, not a GPT")
+        gpt = gpt_writer(load_gpt_state(options.gpt), device)
         gpt_prompts = encode(given, gpt, options)
 
     printer = Printer(asked[0], writer.decode)
-    callback = None
-    if options.trace:
-
-        def remember(t, texts):
-            steps.append((f"t={t:.3f}", texts))
-
-        callback = remember
-    elif writer.block and len(prompts) == 1 and not options.output:
-        callback = printer.stream
     texts = []
     starts = range(0, len(prompts), options.batch_size)
     for start in tqdm(starts, desc="sample", disable=len(starts) == 1 or options.trace):
         batch = slice(start, start + options.batch_size)
         some = prompts[batch]
         steps = [("t=1.000", [[] for _ in some])]
+
+        def remember(t, texts, steps=steps):
+            steps.append((f"t={t:.3f}", texts))
+
+        callback = None
+        if options.trace:
+            callback = remember
+        elif writer.block and len(prompts) == 1 and not options.output:
+            callback = printer.stream
         seed = options.seed * 1_000_003 + start  # no two seeds share noise
         sampling = Sampling(options.steps, options.cfg, options.temperature, seed)
         with autocast, torch.no_grad():
@@ -162,8 +166,8 @@ def main():
             if options.gpt:
                 by_gpt = gpt.write(gpt_prompts[batch], options.length, sampling)
         if options.trace:
-            evaluations = 1 if options.cfg == 1 else 2  # of a step: guidance needs two
-            sides = [Side("TextLDM", writer.decode, steps, evaluations)]
+            cost = 1 if options.cfg == 1 else 2  # guidance needs two evaluations in a step
+            sides = [Side(TITLES[writer.kind], writer.decode, steps, cost)]
             if options.gpt:
                 sides.insert(0, Side("GPT", gpt.decode, one_by_one(by_gpt), 1))
             show_steps(asked[batch], sides)

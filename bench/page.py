@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from baselines.gpt import generate
-from engine.checkpoint import as_gpt_state, build, load_checkpoint, write_whole
+from engine.checkpoint import build, load_checkpoint, load_gpt_state, write_whole
 from engine.config import command_line
 from engine.loop import pick_device
 from engine.script import UserError, run_script
@@ -30,22 +30,17 @@ from textldm import (
     TextDiT,
     TextVAE,
     TransformerConfig,
-    continue_texts,
     option,
     texts_of,
 )
-from variants.writers import Writer, load_vae
+from variants.writers import diffusion_writer, load_vae
 
 CANDIDATES = 5
 BEGIN = 3  # the step at which the page opens: of noise alone nothing can be read
 PLACE = "const DATA = null; // bench/page.py puts the run here"
 NAMES = "greek small letter; arabic letter; box drawings; latin capital letter; musical symbol; "
-ABOUT_NAMES = (
-    "Both models have learnt the names of Unicode's characters, such as “greek small letter alpha "
-    "with tonos”. What they write may be a name that does not exist."
-)
 # Tokens that nobody could see.
-VISIBLE = {"\n": "⏎", "\t": "⇥", "": "␣", " ": " ␣"}
+VISIBLE = {"\n": "⏎", "\t": "⇥", " ": " ␣"}
 
 
 @dataclass
@@ -56,8 +51,9 @@ class PageConfig:
     prompts: str = option(NAMES, "prompts, with a semicolon between two; one may be empty")
     steps: int = option(20, "Euler steps", 1, 200)
     cfg: float = option(3.0, "guidance scale; 1: none", 0, 1000)
-    temperature: float = option(0.7, "below 1: likelier tokens", 0)
+    temperature: float = option(0.7, "below 1: likelier tokens; 0: the likeliest", 0)
     seed: int = option(0, "seed of the noise", 0, 2**31)
+    about: str = option("", "a sentence on the corpus, for the page")
 
 
 def shown(encoding, token):
@@ -65,7 +61,9 @@ def shown(encoding, token):
     text = encoding.decode([token])
     if text == "<|endoftext|>":
         return " (end)"
-    return VISIBLE.get(text, text.replace("\n", "⏎"))
+    if text in VISIBLE:
+        return VISIBLE[text]
+    return "".join(sign if sign.isprintable() else "\ufffd" for sign in text)
 
 
 def described(encoding, token, p):
@@ -78,30 +76,28 @@ def described(encoding, token, p):
     return [shown(encoding, token), round(p[token].item(), 4), candidates]
 
 
-def denoised(vae, dit, prompt, sampling, encoding):
+def denoised(writer, vae, dit, prompt, sampling):
     """What TextLDM writes: for the noise and for each step its time, the evaluations of the network
     until then, and its tokens."""
     seen = []  # z, segment and the output of each evaluation; guidance makes two in one batch
     steps = []  # t and the text of each step
     hook = dit.register_forward_hook(lambda module, args, output: seen.append((*args[:2], output)))
     try:
-        continue_texts(
-            vae, dit, [prompt], 0, sampling, lambda t, texts: steps.append((t, texts[0]))
-        )
+        writer.write([prompt], 0, sampling, lambda t, texts: steps.append((t, texts[0])))
     finally:
         hook.remove()
     noise, segment, _ = (x[:1] for x in seen[0])  # (1, N, C), (1, N), (1, N, V): with the prompt
     (text,) = texts_of(vae.to_tokens(noise, segment), segment, dit.config.end_of_text)
-    tokens = [[shown(encoding, token), 0, []] for token in text]
+    tokens = [[shown(writer.encoding, token), 0, []] for token in text]
     found = [dict(t=1.0, evaluations=0, tokens=tokens)]
     for k, ((t, text), (_, _, output)) in enumerate(zip(steps, seen), start=1):
         p = output[0].float().softmax(-1)[segment[0] == TARGET]  # (T, V)
-        tokens = [described(encoding, *pair) for pair in zip(text, p)]
+        tokens = [described(writer.encoding, *pair) for pair in zip(text, p)]
         found.append(dict(t=round(t, 4), evaluations=k * len(output), tokens=tokens))
     return found
 
 
-def one_by_one(gpt, prompt, sampling, encoding):
+def written_by_gpt(gpt, prompt, sampling, encoding):
     """What the GPT writes: its tokens."""
     (text,) = generate(gpt, [prompt], 0, sampling.temperature, seed=sampling.seed)
     rows = torch.tensor([[gpt.config.end_of_text, *prompt, *text]])  # (1, N)
@@ -111,13 +107,12 @@ def one_by_one(gpt, prompt, sampling, encoding):
 
 def notes(runs, options):
     """What the page says below."""
-    counts = sorted(len(run["gpt"]) for run in runs)
+    longest = max(len(run["gpt"]) for run in runs)
     most = runs[0]["steps"][-1]["evaluations"]
     lines = [
-        f"TextLDM needs {most} evaluations of its network here, the GPT {counts[0]} to "
-        f"{counts[-1]}.",
-        "(end): the text ends here. A text without it has filled its row. …s goes on with the word "
-        "before it.",
+        f"TextLDM needs {most} evaluations of its network here, the GPT at most {longest}.",
+        "(end): the text ends here. A text without it has filled its row. A candidate that begins "
+        "with … goes on with the word before it.",
         f"{options.steps} steps, guidance scale {options.cfg:g}, temperature "
         f"{options.temperature:g}, seed {options.seed}, not picked.",
     ]
@@ -141,11 +136,16 @@ def main():
     if not dit.config.predict_tokens:
         raise UserError(f"{path} predicts velocities, and the page shows probabilities of tokens")
     gpt_path = options.gpt or f"{options.out}/gpt.pt"
-    gpt_state = load_checkpoint(
-        gpt_path, "gpt", "python baselines/gpt.py makes one", state["tokenizer"]
-    )
-    gpt = build(GPT, TransformerConfig, as_gpt_state(gpt_state, gpt_path))
-    writer = Writer("dit", None, state["tokenizer"], dit.config.block_size)
+    gpt_state = load_gpt_state(gpt_path)
+    if gpt_state["tokenizer"] != state["tokenizer"]:
+        raise UserError(f"{gpt_path} and {path} have different tokenizers; name another --gpt")
+    gpt = build(GPT, TransformerConfig, gpt_state)
+    if gpt.config.block_size <= dit.config.block_size:  # it reads an end-of-text token first
+        raise UserError(
+            f"{gpt_path} has rows of {gpt.config.block_size} tokens, and the DiT's rows of "
+            f"{dit.config.block_size} need one more; name another --gpt"
+        )
+    writer = diffusion_writer("dit", vae, dit, state["tokenizer"])
     texts = [text.strip() for text in options.prompts.split(";")]
     seed = options.seed * 1_000_003  # as sample.py makes the noise of its first prompt
     sampling = Sampling(options.steps, options.cfg, options.temperature, seed)
@@ -154,11 +154,11 @@ def main():
     _, autocast = pick_device("cpu", dit.config.block_size)
     for text, prompt in zip(texts, writer.encode(texts)):
         with autocast:
-            steps = denoised(vae, dit, prompt, sampling, writer.encoding)
-            tokens = one_by_one(gpt, prompt, sampling, writer.encoding)
+            steps = denoised(writer, vae, dit, prompt, sampling)
+            tokens = written_by_gpt(gpt, prompt, sampling, writer.encoding)
         runs.append(dict(prompt=text, steps=steps, gpt=tokens))
     content = dict(runs=runs, about=notes(runs, options), begin=BEGIN)
-    content["corpus"] = ABOUT_NAMES if options.prompts == NAMES else ""
+    content["corpus"] = options.about
     data = json.dumps(content, ensure_ascii=False)
     page = (ROOT / "bench/page.html").read_text(encoding="utf-8")
     data = data.replace("<", "\\u003c")  # a text may not end the script

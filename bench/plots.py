@@ -181,7 +181,7 @@ class Trace:
         axes = figure.add_axes((0, 0, 1, 1), **limits)
         axes.axis("off")
         font = dict(family="DejaVu Sans Mono", fontsize=12, va="center_baseline")
-        axes.text(0, -1, "all tokens at once; orange ones still change", color=INK, **font)
+        axes.text(0, -1, "all at once; orange words still change", color=INK, **font)
         for i, (t, _) in enumerate(self.lines[:shown]):
             axes.text(0, i, f"t={float(t):.2f}  {self.prompt}", color=GREY, **font)
             for j, match in enumerate(self.words[i]):
@@ -290,7 +290,7 @@ def training(plt, options):
         panel = LDLM_PANEL if "diffusion" in steps[0] else PANELS[stage]
         draw_losses(axes, panel, steps, evaluations)
     steps = sum(steps[-1]["step"] for steps, _ in found.values())
-    figure.suptitle(f"The losses of all stages fall fast, then slowly: {steps:,} steps in all")
+    figure.suptitle(f"What each stage learns, in {steps:,} steps together")
     return figure
 
 
@@ -326,7 +326,7 @@ def evaluations_of(options):
     """The evaluations of the DiT: tables by time."""
     _, evaluations = metrics_of(options.out, "dit")
     if not evaluations:
-        raise UserError(f"by time: no evaluations in {options.out}/dit.jsonl")
+        raise UserError(f"context, estimate: no evaluations in {options.out}/dit.jsonl")
     return [val["table"] for _, val in evaluations]
 
 
@@ -361,7 +361,7 @@ def context(plt, options):
     figure, axes = draw_by_time(plt, tables, curves, label)
     row = max(tables[-1], key=lambda row: row["shuffled"] - row["loss"])
     gain = row["shuffled"] - row["loss"]
-    axes.set_title(f"The context helps most at t = {row['t']:g}, by {gain:.1f} nats per token")
+    axes.set_title(f"The context helps most at t = {row['t']:g}, by {gain:.1f}")
     return figure
 
 

@@ -2,13 +2,13 @@
 
 import os
 import shutil
-import sys
 import time
+import unicodedata
 from itertools import zip_longest
 from typing import Callable, NamedTuple
 
 FRAMES_A_SECOND = 10
-DIM, PLAIN = ("", "") if os.environ.get("NO_COLOR") else ("\x1b[2m", "\x1b[0m")
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 BACK_BY = "\x1b[{}F\x1b[J"  # so many lines up; clear all below
 
 
@@ -21,31 +21,30 @@ class Side(NamedTuple):
     cost: int  # evaluations of the network for a step of a text
 
     def lines(self, i, prompt, k, width):
-        """Text i after k steps, in lines of `width` signs. Tokens that will change are dim."""
+        """Text i after k steps, in lines of `width` columns. Tokens that will change are dim."""
         ids, *later = (texts[i] for _, texts in self.steps[k:])
         signs = [(sign, False) for sign in f"{prompt}|"]
         for n, token in enumerate(ids):
             is_dim = any(other[n : n + 1] != [token] for other in later)
             text = f"{prompt}|{self.decode(ids[: n + 1])}".rstrip("\ufffd")  # half a character
-            signs += [(sign, is_dim) for sign in text[len(signs) :].replace("\n", " ")]
-        if not all(sign.isascii() for sign, _ in signs):
-            width //= 2  # such a sign may be two columns wide
-        lines = []
-        for at in range(0, len(signs), width):
-            some = signs[at : at + width]
-            line = "".join(f"{DIM}{sign}{PLAIN}" if is_dim else sign for sign, is_dim in some)
-            lines.append(line + " " * (width - len(some)))
-        return lines
-
-
-def is_terminal():
-    return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+            signs += [(sign, is_dim) for sign in text[len(signs) :]]
+        lines, room = [""], width
+        for sign, is_dim in signs:
+            sign = sign if sign.isprintable() else " "  # what moves the cursor does not print
+            columns = 2 if unicodedata.east_asian_width(sign) in "WF" else 1
+            if columns > room:
+                lines[-1] += " " * room
+                lines, room = [*lines, ""], width
+            is_plain = not is_dim or os.environ.get("NO_COLOR")
+            lines[-1] += sign if is_plain else f"{DIM}{sign}{PLAIN}"
+            room -= columns
+        return [*lines[:-1], lines[-1] + " " * room]
 
 
 def play(prompts, sides):
     """Shows all sides in place, at equal numbers of evaluations."""
-    columns, rows = shutil.get_terminal_size()
-    width = max((columns - 1) // len(sides) - 2, 12)
+    size = shutil.get_terminal_size()
+    width = max((size.columns - 1) // len(sides) - 2, 2)
     drawn = 0  # lines
     for evaluations in range(max(side.cost * (len(side.steps) - 1) for side in sides) + 1):
         at = [min(evaluations // side.cost, len(side.steps) - 1) for side in sides]
@@ -54,7 +53,7 @@ def play(prompts, sides):
         for i, prompt in enumerate(prompts):
             cells = [side.lines(i, prompt, k, width) for side, k in zip(sides, at)]
             screen += zip_longest(*cells, fillvalue=" " * width)
-        lines = ["  ".join(line) + "\n" for line in screen[: rows - 1]]
+        lines = ["  ".join(line) + "\n" for line in screen[: size.lines - 1]]
         print((BACK_BY.format(drawn) if drawn else "") + "".join(lines), end="", flush=True)
         drawn = len(lines)
         time.sleep(1 / FRAMES_A_SECOND)

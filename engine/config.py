@@ -12,7 +12,7 @@ from engine.script import UserError
 from textldm import option
 
 # Options that are paths. A shell leaves the ~ of --out=~/x as it is.
-PATHS = ("data", "out", "vae", "teacher", "model", "prompts", "output")
+PATHS = ("data", "out", "vae", "teacher", "model", "gpt", "prompts", "output", "page")
 
 
 @dataclass

@@ -4,10 +4,12 @@ import signal
 import pytest
 import torch
 
+os.environ.pop("NO_COLOR", None)
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers, which reads it once
 
+from engine.checkpoint import load_checkpoint, write_whole
 from engine.script import unlock_all
-from tests.helpers import DOCUMENTS, make_quick, script, train, write_jsonl
+from tests.helpers import DOCUMENTS, make_quick, randomised, script, train, write_jsonl
 
 
 @pytest.fixture(autouse=True)
@@ -37,3 +39,14 @@ def home(tmp_path_factory):
         train(home, "train_vae.py")
         train(home, "train_dit.py")
     return home
+
+
+@pytest.fixture(scope="session")
+def random_out(home, tmp_path_factory):
+    """The checkpoints of home/out with random weights: after few steps of training a model writes
+    one text only."""
+    folder = tmp_path_factory.mktemp("random")
+    for kind in ("gpt", "vae", "dit"):
+        state = load_checkpoint(home / f"out/{kind}.pt", kind, "")
+        write_whole(folder / f"{kind}.pt", randomised(state))
+    return folder

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import engine.evaluation
 from engine.corpus import Corpus
@@ -27,7 +28,7 @@ DOCUMENTS = [
 
 
 def few_fixed_batches(corpus, n, device):
-    """Corpus.fixed_batches, of less rows: what is computed of them takes less time."""
+    """Corpus.fixed_batches, of fewer rows: what is computed of them takes less time."""
     return [corpus.batch(np.random.default_rng((0, i)), 16, corpus.N) for i in range(min(n, 2))]
 
 
@@ -39,6 +40,21 @@ def short_samples(vae, dit, prompts, *more):
 def make_quick(monkeypatch):
     monkeypatch.setattr(Corpus, "fixed_batches", few_fixed_batches)
     monkeypatch.setattr(engine.evaluation, "continue_texts", short_samples)
+
+
+def randomised(state):
+    """A checkpoint with random weights, and with the statistics that it has."""
+    generator = torch.Generator().manual_seed(0)
+    model = {}
+    for name, x in state["model"].items():
+        random = torch.randn(x.shape, generator=generator)
+        if name in ("z_mean", "z_std", "hidden_mean", "hidden_std") or ".ln_" in f".{name}":
+            model[name] = x
+        elif name == "latent_of":
+            model[name] = 3 * random
+        else:
+            model[name] = (0.1 if ".h." in name else 0.5) * random
+    return dict(state, model=model)
 
 
 def load(path):

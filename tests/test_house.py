@@ -244,3 +244,4 @@ def test_each_snippet_of_from_gpt_stands_in_the_file():
             while lines[at : at + len(part)] != part:
                 at += 1
                 assert at < len(lines), "\n".join(part)
+            at += len(part)

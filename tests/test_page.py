@@ -7,10 +7,21 @@ import pytest
 import torch
 
 from bench.page import shown
+from engine.checkpoint import build, load_checkpoint, write_whole
 from engine.loop import pick_device
 from tests.browser import Browser, chromium
 from tests.helpers import ROOT, refuse, script
-from textldm import Sampling
+from textldm import (
+    GPT,
+    TARGET,
+    DiTConfig,
+    Sampling,
+    TextDiT,
+    TextVAE,
+    TransformerConfig,
+    VAEConfig,
+    rows_of,
+)
 from variants.writers import load_writer
 
 PROMPTS = ["greek small letter", "</script><b>&amp", ""]
@@ -19,9 +30,9 @@ SETTINGS = [f"--steps={STEPS}", "--cfg=3", "--temperature=0.7", "--seed=4"]
 
 
 @pytest.fixture(scope="module")
-def page(home, tmp_path_factory):
+def page(random_out, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "page.html"
-    options = ["--out", home / "out", "--page", path, "--prompts=" + ";".join(PROMPTS)]
+    options = ["--out", random_out, "--page", path, "--prompts=" + ";".join(PROMPTS)]
     script("bench/page.py", *options, *SETTINGS)
     return path
 
@@ -35,11 +46,11 @@ def words(tokens):
     return [word for word, _, _ in tokens]
 
 
-def test_its_last_step_is_what_the_models_write(page, home):
+def test_its_last_step_is_what_the_models_write(page, random_out):
     sampling = Sampling(STEPS, 3, 0.7, 4 * 1_000_003)  # the seed of sample.py's first prompt
     for run in data_of(page)["runs"]:
         for model, tokens in (("dit", run["steps"][-1]["tokens"]), ("gpt", run["gpt"])):
-            writer = load_writer(home / f"out/{model}.pt", home / "out/vae.pt")
+            writer = load_writer(random_out / f"{model}.pt", random_out / "vae.pt")
             _, autocast = pick_device("cpu", writer.block_size)
             with autocast, torch.no_grad():
                 (ids,) = writer.write(writer.encode([run["prompt"]]), 0, sampling)
@@ -62,10 +73,64 @@ def test_candidates_are_the_likeliest_and_a_token_has_its_own_probability(page):
             assert [word, p] in candidates or p <= values[-1]
 
 
-def test_it_needs_a_model_that_gives_probabilities_of_tokens(home, capsys, tmp_path):
-    options = ["--out", home / "out", "--page", tmp_path / "page.html"]
+def test_probabilities_are_those_of_the_models(page, random_out):
+    """Of the GPT in each place, and of the DiT, with the prompt, in its first step."""
+    run = data_of(page)["runs"][0]
+    state = load_checkpoint(random_out / "gpt.pt", "gpt", "")
+    gpt = build(GPT, TransformerConfig, state)
+    vae = build(TextVAE, VAEConfig, load_checkpoint(random_out / "vae.pt", "vae", ""))
+    dit = build(TextDiT, DiTConfig, load_checkpoint(random_out / "dit.pt", "dit", ""))
+    writer = load_writer(random_out / "gpt.pt")
+    (prompt,) = writer.encode([run["prompt"]])
+    sampling = Sampling(STEPS, 3, 0.7, 4 * 1_000_003)
+    _, autocast = pick_device("cpu", dit.config.block_size)
+    with autocast, torch.no_grad():
+        (text,) = writer.write([prompt], 0, sampling)
+        p = gpt(torch.tensor([[writer.tokenizer["eot"], *prompt, *text]]))[0].float().softmax(-1)
+        expected = [p[len(prompt) + i, token].item() for i, token in enumerate(text)]
+        assert [p for _, p, _ in run["gpt"]] == pytest.approx(expected, abs=1e-4)
+
+        N = dit.config.block_size
+        tokens, segment = rows_of([prompt], 0, N, dit.config.end_of_text)
+        shape = 1, N, dit.config.channels
+        eps = torch.randn(shape, generator=torch.Generator().manual_seed(sampling.seed))
+        z = torch.where((segment == TARGET)[..., None], eps, vae.latents(tokens, segment))
+        p = dit(z, segment, torch.ones(1), 0 * z)[0, len(prompt) :].float().softmax(-1)
+        best = p.max(-1).values
+    first = run["steps"][1]["tokens"]
+    found = [candidates[0][1] for _, _, candidates in first]
+    assert found == pytest.approx(best[: len(found)].tolist(), abs=5e-3)
+
+
+def test_what_cannot_be_shown_is_refused(random_out, capsys, tmp_path):
+    def refused(words, **states):
+        out = tmp_path / words.replace(" ", "_")
+        out.mkdir()
+        for kind in ("gpt", "vae", "dit"):
+            state = load_checkpoint(random_out / f"{kind}.pt", kind, "")
+            write_whole(out / f"{kind}.pt", states.get(kind, lambda state: state)(state))
+        refuse(capsys, words, "bench/page.py", "--out", out)
+        assert not (out / "page.html").exists()
+
+    def velocities(state):
+        config = dict(state["config"], predict_tokens=False)
+        C = config["channels"]
+        model = dict(state["model"])
+        del model["latent_of"]
+        model["to_output.weight"] = model["to_output.weight"][:C]
+        model["to_output.bias"] = model["to_output.bias"][:C]
+        return dict(state, config=config, model=model)
+
+    def shorter(state):
+        config = dict(state["config"], block_size=4)
+        model = dict(state["model"], **{"wpe.weight": state["model"]["wpe.weight"][:4]})
+        return dict(state, config=config, model=model)
+
+    refused("predicts velocities", dit=velocities)
+    refused("need one more", gpt=shorter)
+    refused("different tokenizers", gpt=lambda state: dict(state, tokenizer=dict(eot=1)))
+    options = ["--out", random_out, "--page", tmp_path / "page.html"]
     refuse(capsys, "is missing", "bench/page.py", *options, "--gpt", tmp_path / "gpt.pt")
-    assert not (tmp_path / "page.html").exists()
 
 
 def test_the_page_in_docs_is_small_and_is_made_of_the_template():
@@ -109,7 +174,8 @@ def test_the_slider_moves_the_text_by_keys(browser, page):
     browser.press("Home")
     for step in range(STEPS + 1):
         assert visible(browser, "ldm") == words(run["steps"][step]["tokens"])
-        assert visible(browser, "gpt") == words(run["gpt"][:step])
+        written = run["gpt"] if step == STEPS else run["gpt"][:step]
+        assert visible(browser, "gpt") == words(written)
         count = browser.run("find('ldm-count').textContent")
         assert f"step {step} of {STEPS}" in count
         assert f"{2 * step} evaluations" in count
@@ -126,7 +192,7 @@ def test_a_token_shows_its_candidates_by_touch_keys_and_mouse(browser, page):
 
     def check(model, place, token):
         word, p, candidates = token
-        known = any(name == word for name, _ in candidates)
+        known = [word, p] in candidates
         assert len(browser.run(rows)) == len(candidates) + (not known)
         assert browser.run(marked) == 1
         assert browser.run(title).startswith(f"{model}, place {place}: “{word.strip()}”")
@@ -145,9 +211,9 @@ def test_a_token_shows_its_candidates_by_touch_keys_and_mouse(browser, page):
 
 
 def test_the_focus_stays_in_the_text_when_its_token_goes(browser, page):
-    for step in range(STEPS, -1, -1):
-        browser.run(f"find('step').value = {STEPS}; show()")
-        browser.run("[...document.querySelectorAll('#ldm-text .token')].at(-1).focus()")
+    for step in range(STEPS - 1, 0, -1):
+        browser.run(f"find('step').value = {step + 1}; show()")
+        browser.run("[...document.querySelectorAll('#gpt-text .token')].at(-1).focus()")
         browser.run(f"find('step').value = {step}; show()")
         assert browser.run("document.activeElement.className").startswith("token")
 

@@ -46,19 +46,20 @@ class Writer:
         return load_encoding(self.tokenizer)
 
     def encode(self, prompts, length=0):
-        """Strings as lists of ids, which leave room for `length` more. Raises UserError if there is
-        none; cuts off beginnings, with a warning, where it is short."""
+        """Strings as lists of ids. Each leaves room for `length` more tokens, or for an eighth of a
+        row where length is 0: the beginning of a longer one is cut off, with a warning. Raises
+        UserError if no row has that room."""
         ids = [self.encoding.encode_ordinary(prompt) for prompt in prompts]
         return fit(ids, self.block or length, self.block_size)
 
     def decode(self, ids):
-        """ids as a string, without the end-of-text token at its end."""
+        """ids as a string, without the end-of-text token at its end. Others become line ends."""
         text = self.encoding.decode(ids).removesuffix("<|endoftext|>")
         return text.replace("<|endoftext|>", "\n")
 
     def text(self, prompt, sampling=Sampling(), length=0):
         """Continues a string, by at most `length` tokens (0: to the end of a row). Returns what
-        follows it."""
+        follows it. In fp32; where sample.py uses bf16, it may choose other words."""
         with torch.no_grad():
             (ids,) = self.write(self.encode([prompt], length), length, sampling)
         return self.decode(ids)
