@@ -59,7 +59,7 @@ KINDS = dict(gpt="autoregressive GPT", masked="masked diffusion", textldm="TextL
 class PlotConfig:
     out: str = option("out", "folder of the checkpoints and the metrics beside them")
     without: str = option("", "folder of a VAE without REPA (--teacher=none), for latents")
-    evaluation: str = option("", "what bench/evaluate.py wrote (OUT/eval.json)")
+    evaluation: str = option("", "what bench/evaluate.py wrote (OUT/eval.json); with commas")
     systems: str = option("", "which to draw, with commas (all; `a` is a 1, a 2 ..., too)")
     data: str = option("data/names", "folder of the prepared corpus, for latents")
     title: str = option("", "of frontier and long: what they show")
@@ -491,11 +491,13 @@ def in_words(family):
 
 def frontier(plt, options):
     """A curve for each system; all seeds of one have one colour."""
-    path = Path(options.evaluation or f"{options.out}/eval.json")
-    if not path.is_file():
-        raise UserError(f"frontier: {path} is missing; bench/evaluate.py makes it")
-    result = json.loads(path.read_text())
-    names = systems_to_draw(options, result["frontier"])
+    points = {}
+    for path in (options.evaluation or f"{options.out}/eval.json").split(","):
+        if not Path(path).is_file():
+            raise UserError(f"frontier: {path} is missing; bench/evaluate.py makes it")
+        result = json.loads(Path(path).read_text())
+        points |= result["frontier"]
+    names = systems_to_draw(options, points)
     families = list(dict.fromkeys(family_of(name) for name in names))
     palette = plt.colormaps["tab10"].colors
     figure, axes = plt.subplots(figsize=(7.6, 5))
@@ -505,7 +507,7 @@ def frontier(plt, options):
         label = in_words(family)
         axes.plot([], [], "o-", color=colors[family], label=label, lw=1.4, markersize=4)
     for name in names:
-        for curve in curves_of(result["frontier"][name]).values():
+        for curve in curves_of(points[name]).values():
             draw_curve(axes, curve, colors[family_of(name)])
     real = result["real"]
     star = dict(color=INK, markersize=15, label="real text")
