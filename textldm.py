@@ -529,7 +529,7 @@ def guided_estimate(dit, z, t, guess, segment, sampling):
     """Classifier-free guidance [CFG]: e_u + w (e_c - e_u), where e_c (B, N, C) is the estimate of
     z_0 with context and e_u the one without, for rows z (B, N, C) at a scalar time t. The
     velocity is affine in the estimate, so this guides it. deviation: e_u is told no guess. So
-    guidance goes beyond the last guess, too, even without a prompt (ELF, arXiv 2605.10938)."""
+    w amplifies what the guess adds, too, even without a prompt (ELF, arXiv 2605.10938)."""
     w = sampling.cfg_scale
     is_guided = w != 1
     if is_guided:  # copy 2 has no context and no guess
