@@ -15,7 +15,8 @@ import engine.loop
 import variants.writers
 from engine.checkpoint import load_checkpoint, write_whole
 from engine.corpus import Corpus, load_encoding
-from sample import Printer
+from engine.animation import Side
+from sample import Printer, show_steps
 from tests.helpers import (
     randomised,
     ROOT,
@@ -154,6 +155,16 @@ def test_a_trace_shows_the_text_of_each_step(home, sample):
 def test_a_long_trace_shows_about_ten_steps(home, sample):
     out = sample("--out", home / "out", "--prompt=greek", "--trace", "--steps=40").out
     assert out.count("t=") == 10
+
+
+@pytest.mark.parametrize("n", [1, 9, 24, 40])
+def test_the_lines_of_a_trace_end_with_the_last_step(capsys, n):
+    steps = [(f"n={k}", [[k]]) for k in range(n + 1)]
+    show_steps([""], [Side("GPT", str, steps, 1)])
+    labels = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert labels[0] == "n=1" or n == 1
+    assert labels[-1] == f"n={n}"
+    assert len(labels) <= 20
 
 
 def test_a_trace_shows_the_tokens_of_a_gpt_one_by_one(home, sample):
