@@ -245,3 +245,13 @@ def test_each_snippet_of_from_gpt_stands_in_the_file():
                 at += 1
                 assert at < len(lines), "\n".join(part)
             at += len(part)
+
+
+def test_each_solution_of_the_tour_fits_the_files():
+    """What a diff removes or shows stands in one place of one file."""
+    files = [(ROOT / name).read_text() for name in ("textldm.py", "sample.py")]
+    diffs = re.findall(r"^```diff\n(.*?)^```", (ROOT / "docs/tour.md").read_text(), re.M | re.S)
+    assert len(diffs) >= 9
+    for diff in diffs:
+        old = "".join(line[1:] + "\n" for line in diff.splitlines() if line[0] in " -")
+        assert sum(text.count(old) for text in files) == 1, old
