@@ -14,20 +14,18 @@
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from engine.animation import Side, play
 from engine.checkpoint import load_gpt_state, write_whole
 from engine.config import command_line
-from engine.lines import read_lines
+from engine.prompts import read_lines
 from engine.loop import pick_device
 from engine.script import UserError, run_script
 from textldm import Sampling, option
-from variants.parts import write_in_parts
 from variants.writers import gpt_writer, load_writer
 
 TITLES = dict(dit="TextLDM", ldlm="LDLM")  # of the kinds that --trace shows
@@ -140,6 +138,11 @@ def main():
         gpt = gpt_writer(load_gpt_state(options.gpt), device)
         gpt_prompts = encode(given, gpt, options)
 
+    # A text depends on its prompt, its number among the copies of that prompt, and --seed alone.
+    seeds = writer.seeds(prompts, options.seed)
+    if options.gpt:
+        gpt_seeds = gpt.seeds(gpt_prompts, options.seed)
+
     printer = Printer(asked[0], writer.decode)
     texts = []
     starts = range(0, len(prompts), options.batch_size)
@@ -156,15 +159,12 @@ def main():
             callback = remember
         elif writer.block and len(prompts) == 1 and not options.output:
             callback = printer.stream
-        seed = options.seed * 1_000_003 + start  # no two seeds share noise
-        sampling = Sampling(options.steps, options.cfg, options.temperature, seed)
-        with autocast, torch.no_grad():
-            if options.keep:
-                texts += write_in_parts(writer, some, options.length, sampling, options.keep)
-            else:
-                texts += writer.write(some, options.length, sampling, callback)
+        sampling = Sampling(options.steps, options.cfg, options.temperature, seeds[batch])
+        with autocast:
+            texts += writer.write(some, options.length, sampling, callback, options.keep)
             if options.gpt:
-                by_gpt = gpt.write(gpt_prompts[batch], options.length, sampling)
+                by_its_own = replace(sampling, seed=gpt_seeds[batch])
+                by_gpt = gpt.write(gpt_prompts[batch], options.length, by_its_own)
         if options.trace:
             cost = 1 if options.cfg == 1 else 2  # guidance needs two evaluations in a step
             sides = [Side(TITLES[writer.kind], writer.decode, steps, cost)]

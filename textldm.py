@@ -13,25 +13,31 @@ steps. The VAE's decoder turns them into tokens.
               noise --Euler steps--> latents of the target --decoder--> tokens    continue_texts
 
 Rows     A row is a context, then the target that continues it. `segment` tells which is which.
-         A text ends in an end-of-text token. More of them, the tail, fill its row.
+         A text ends in an end-of-text token. The rest of the row, the tail, repeats this token.
 Shapes   B rows in a batch     N tokens in a row       V tokens in the vocabulary
          E width of a network  H attention heads       D width of a head, E / H
          C channels of a latent    T target tokens in the whole batch
 Time     t = 1 is noise and t = 0 is data. The path between them is straight:
          z_t = (1 - t) z_0 + t eps. Its velocity is dz_t/dt = eps - z_0.
-Latents  TextVAE works on raw ones. Its `latents` and `to_tokens` speak standardised ones, with
-         mean 0 and standard deviation 1 per channel. Stage 2 and the sampler see only those.
-Recipe   Defaults are the paper's. The dict OURS holds our departures that are options.
-Tags     `unspecified:` the paper is silent. `deviation:` a departure that is no option.
+Latents  TextVAE works on raw ones. `latents` returns, and `to_tokens` takes, standardised ones,
+         with mean 0 and standard deviation 1 per channel. Stage 2 and the sampler see only those.
+Recipe   Defaults in this file are the paper's where it states a value; depth and width are our
+         choice. The scripts run smaller networks, and the departures in the dict OURS:
+         docs/deviations.md has a table of the values that run.
+Tags     `unspecified:` the paper is silent. `deviation:` a departure that no option undoes.
 
 [TextLDM] Jiang et al. 2026, arXiv 2605.07748    [VAE]  Kingma, Welling 2013, arXiv 1312.6114
 [GPT2]    Radford et al. 2019                    [DiT]  Peebles, Xie 2022, arXiv 2212.09748
 [RoPE]    Su et al. 2021, arXiv 2104.09864       [REPA] Yu et al. 2024, arXiv 2410.06940
 [FM]      Lipman et al. 2022, arXiv 2210.02747   [SD3]  Esser et al. 2024, arXiv 2403.03206
 [CFG]     Ho, Salimans 2022, arXiv 2207.12598    [AB]   Chen et al. 2022, arXiv 2208.04202
+[CDCD]    Dieleman et al. 2022, arXiv 2211.15089 [ELF]  arXiv 2605.10938
+[VA-VAE]  Yao, Wang 2025, arXiv 2501.01423       [Muon] Jordan et al. 2024, kellerjordan.github.io
 """
 
 import math
+import zlib
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -39,30 +45,32 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# Our departures from the paper. The scripts apply them; --recipe=paper leaves them out. Comments
-# give a metric without -> with each. Bases differ: compare within a pair only. NLL is that of
-# samples, by another GPT, in nats per token (docs/deviations.md).
+# Our departures from the paper, each with its reason. The scripts apply them, and --recipe=paper
+# leaves them out. docs/deviations.md says what each is worth.
 OURS = dict(
-    # The DiT is told the time. Velocity loss: 1.36 -> 1.09.
+    # The DiT is told the time: it need not infer it from the noise.
     adaln=True,
-    # REPA aligns the latents, with weight 4. NLL 5.83 -> 4.25.
+    # REPA aligns the latents, as in [VA-VAE], for these are what the DiT sees; with weight 4.
     repa_latents=True,
     repa=4.0,
-    # The DiT predicts the token; the velocity follows from it. NLL 6.80 -> 5.43.
+    # The DiT predicts the token, and the velocity follows from it, as in [CDCD].
     predict_tokens=True,
-    # The DiT is told its estimate of the previous step. NLL 5.23 -> 4.93.
+    # The DiT is told its estimate of the previous step, so that tokens can agree [AB].
     self_condition=True,
-    # Blocks begin as the decoder's, gates shut (train_dit.py). NLL 4.90 -> 4.64.
+    # The DiT's blocks are initialised from the VAE decoder's, which read clean latents already. The
+    # gates of adaLN start at 0. (train_dit.py does this.)
     from_decoder=True,
-    # Times are noisier, in sampling too. Accuracy at t = 0.6: 0.51 -> 0.52.
+    # Training and sampling spend more of their times near noise, where tokens are decided.
     t_mean=0.8,
     t_std=1.0,
-    # Muon (kellerjordan.github.io/posts/muon), not AdamW, for blocks. Velocity loss: 1.02 -> 0.94.
+    # Matrices of blocks are trained by [Muon] instead of AdamW: the loss falls faster per step.
     muon=True,
 )
 
 CONTEXT, TARGET, PADDING = 0, 1, 2  # values of `segment`; only sampling needs padding
-TAIL_WEIGHT = 0.1  # unspecified: below 1, see `counted`
+# unspecified: the weight of the tail in the losses, whose tokens would outnumber the text's. As the
+# weight of a class it also lowers P(end of text): docs/deviations.md.
+TAIL_WEIGHT = 0.1
 
 
 class Batch(NamedTuple):
@@ -250,8 +258,9 @@ class GPT(nn.Module):
 def teacher_features(teacher, tokens):
     """What REPA aligns to: the teacher's third-to-last layer (section 3.1 of [TextLDM]), as
     (B, N, E_teacher) for tokens (B, N). N is below the teacher's block_size.
-    unspecified: the teacher reads an end-of-text token first, as its hidden state at the first
-    position is abnormally large. It reads whole rows, so a target's features know the context."""
+    unspecified: the teacher reads an end-of-text token first, because a causal model's state at the
+    first position is larger than others (of GPT-2 by far). It reads whole rows, so a target's
+    features know the context. The paper's teacher is Qwen3-1.7B, whose tokens its VAE shares."""
     tokens = F.pad(tokens, (1, 0), value=teacher.config.end_of_text)
     third_to_last = max(teacher.config.n_layer - 2, 1)
     return teacher.hidden_states(tokens, third_to_last)[:, 1:]
@@ -297,7 +306,8 @@ class TextVAE(nn.Module):
             self.to_teacher = nn.Linear(width, config.teacher_embd)
         init_weights(self)
         # Statistics of training data: z's by `standardise`, the teacher's by train_vae.py.
-        # unspecified: the scale of latents. The KL is too weak to hold it at 1, that of noise.
+        # unspecified: the scale of latents. Of the losses only the KL sees it: cross-entropy and
+        # cosine do not. So it comes near 1, the scale of noise, slowly and not exactly.
         self.register_buffer("z_mean", torch.zeros(C))
         self.register_buffer("z_std", torch.ones(C))
         self.register_buffer("teacher_mean", torch.zeros(config.teacher_embd))
@@ -323,7 +333,8 @@ class TextVAE(nn.Module):
         (B, N, E_teacher).
         The paper's student is h (B, N, E). `to_posterior` may discard what is aligned there. Our
         student is mu (B, N, C), which the DiT will see. deviation: the features are standardised.
-        Otherwise a few huge, nearly constant dimensions give any two tokens a cosine near 2/3."""
+        In GPT-2 a few huge, nearly constant dimensions give any two tokens a cosine near 2/3. In
+        the default teacher, a small GPT of ours, any two have 0.1, and less is changed by it."""
         student = self.to_teacher(mu if self.config.repa_latents else h).float()
         teacher = (features.float() - self.teacher_mean) / self.teacher_std
         return F.cosine_similarity(student, teacher.detach(), dim=-1)
@@ -356,12 +367,14 @@ class TextVAE(nn.Module):
     @torch.no_grad()
     def standardise(self, batches):
         """Measures mean and std of each channel, over counted tokens of batches, for `latents` and
-        `to_tokens`. Returns the number of active channels: their mu has a variance above 0.01."""
+        `to_tokens`. Returns the number of active channels: their mu has a variance above 0.01.
+        Others say nothing, so they keep their scale: to divide by their std would blow them up."""
         found = [self.posterior(b.tokens, b.segment)[0][b.counted] for b in batches]
         mu = torch.cat(found).cpu().double()  # (tokens, C)
+        is_active = mu.var(0) > 0.01  # (C,)
         self.z_mean.copy_(mu.mean(0))
-        self.z_std.copy_(mu.std(0).clamp(min=1e-6))
-        return int((mu.var(0) > 0.01).sum())
+        self.z_std.copy_(torch.where(is_active, mu.std(0), 1.0))
+        return int(is_active.sum())
 
     def latents(self, tokens, segment):
         """tokens (B, N) -> standardised latents z_0 (B, N, C). unspecified: these are posterior
@@ -414,12 +427,14 @@ class TextDiT(nn.Module):
     def times(self, u):
         """Probabilities u in [0, 1] -> quantiles of a logit-normal distribution (3.1 of [SD3]).
         Training draws u at random. The sampler takes equal steps in u, so its steps are small where
-        the network was trained most (section 3.2 of [TextLDM])."""
+        the network was trained most (section 3.2 of [TextLDM]). The ends are long: with t_mean 0.8
+        and t_std 1 the last of 20 steps goes from 0.30 to 0."""
         normal = 2**0.5 * torch.erfinv(2 * u - 1)
         return torch.sigmoid(self.config.t_mean + self.config.t_std * normal)
 
     def time_embedding(self, t):
-        """t (B,) -> (B, 1, E): sinusoids as in [DiT], of 1000 t. Those of t look nearly alike."""
+        """t (B,) -> (B, 1, E): sinusoids as in [DiT], of 1000 t; unscaled, t in [0, 1] would
+        hardly change them."""
         half = self.config.n_embd // 2
         frequency = 10000 ** (-torch.arange(half, device=t.device) / half)  # (E/2,)
         angle = 1000 * t[:, None, None] * frequency  # (B, 1, E/2)
@@ -462,7 +477,8 @@ class TextDiT(nn.Module):
         if not self.config.predict_tokens:
             return z_t - t * output  # z_t - t v, as z_t = z_0 + t v
         # E[z_0 | z_t] is the sum over tokens of p(token | z_t) E[z_0 | token, z_t]. We take
-        # E[z_0 | token] for the last factor. So without guidance samples end among these.
+        # E[z_0 | token] for the last factor, as [CDCD] takes embeddings ("score interpolation").
+        # So without guidance samples end among these.
         logits = output / max(temperature, 1e-4)  # (..., V)
         # in fp32, because guidance takes differences of estimates
         with torch.autocast(output.device.type, enabled=False):
@@ -522,20 +538,23 @@ class Sampling:
     steps: int = 50  # Euler steps
     cfg_scale: float = 7.0  # guidance scale w; 1: no guidance
     temperature: float = 1.0  # of p(token); the paper has none
-    seed: int = 0  # of the noise
+    seed: int = 0  # of the noise; or a list of them, one for each row
 
 
 def guided_estimate(dit, z, t, guess, segment, sampling):
     """Classifier-free guidance [CFG]: e_u + w (e_c - e_u), where e_c (B, N, C) is the estimate of
     z_0 with context and e_u the one without, for rows z (B, N, C) at a scalar time t. The
-    velocity is affine in the estimate, so this guides it. deviation: e_u is told no guess. So
-    w amplifies what the guess adds, too, even without a prompt (ELF, arXiv 2605.10938)."""
+    velocity is affine in the estimate, so this guides it.
+    deviation: where the DiT predicts tokens, e_u gets no guess either, so guidance also amplifies
+    what the guess adds, even without a prompt [ELF]. There e_c and e_u are means of latents of
+    tokens, which bounds both. Elsewhere nothing does: LDLM repeats words at w = 3."""
     w = sampling.cfg_scale
     is_guided = w != 1
-    if is_guided:  # copy 2 has no context and no guess
+    if is_guided:  # copy 2 has no context
         is_target = (segment == TARGET)[..., None]
         z = torch.cat((z, torch.where(is_target, z, 0.0)))  # (2 B, N, C)
-        guess = torch.cat((guess, torch.zeros_like(guess)))
+        of_copy_2 = torch.zeros_like(guess) if dit.config.predict_tokens else guess
+        guess = torch.cat((guess, of_copy_2))
         segment = segment.repeat(2, 1)
     mask = (segment != PADDING)[:, None, None]
     output = dit(z, segment, t.expand(len(z)), guess, mask)
@@ -549,7 +568,8 @@ def guided_estimate(dit, z, t, guess, segment, sampling):
 def denoise(dit, z, segment, sampling, callback=None):
     """Euler's method from t = 1 to t = 0. z (B, N, C) holds the latents of the context and noise
     for the target. Returns z with the latents of the target: the estimate of the last step.
-    callback(t, guess) sees the estimate of each step, which is also the next step's guess."""
+    callback(t, guess) sees the time that each step reaches, and its estimate, which is also the
+    next step's guess."""
     u = torch.linspace(1, 0, sampling.steps + 1)
     times = dit.times(u).to(z.device)  # (steps + 1,)
     is_target = (segment == TARGET)[..., None]
@@ -557,7 +577,7 @@ def denoise(dit, z, segment, sampling, callback=None):
     for t, t_next in zip(times[:-1], times[1:]):
         guess = guided_estimate(dit, z, t, guess, segment, sampling)
         if callback is not None:
-            callback(t, guess)
+            callback(t_next, guess)
         v = (z - guess) / t  # as z_t = z_0 + t v
         v = torch.where(is_target, v, 0.0)  # the context stays as it is
         z = z + (t_next - t) * v
@@ -592,25 +612,50 @@ def texts_of(tokens, segment, end_of_text):
     return texts
 
 
+def row_seeds(prompts, seed):
+    """A seed for each row: a hash of `seed`, its prompt, and how many equal prompts stand before
+    it. So a text does not depend on the rows beside it. A list of seeds is returned as it is.
+    torch's CPU generators use 32 bits of a seed. So two rows share their noise with probability
+    2**-32: among 1,000 prompts this happens once in about 8,600 runs."""
+    if not isinstance(seed, int):
+        return list(seed)
+    seeds = []
+    before = Counter()
+    for prompt in prompts:
+        prompt = tuple(prompt)
+        key = repr((seed, prompt, before[prompt]))
+        before[prompt] += 1
+        seeds.append(zlib.crc32(key.encode()))
+    return seeds
+
+
+def noisy_rows(vae, dit, prompts, length=0, seed=0):
+    """What the sampler starts from: z (B, N, C), the latents of the prompts and noise for what
+    follows them, and the segment (B, N). The noise of a row is from a CPU generator of its own, so
+    neither the device nor other rows change it."""
+    config, device = dit.config, dit.from_latent.weight.device
+    rows = rows_of(prompts, length, config.block_size, config.end_of_text)
+    tokens, segment = (x.to(device) for x in rows)  # (B, N) each
+    z = vae.latents(tokens, segment)  # (B, N, C)
+    for i, row_seed in enumerate(row_seeds(prompts, seed)):
+        generator = torch.Generator().manual_seed(row_seed)
+        is_target = segment[i] == TARGET  # (N,)
+        eps = torch.randn(int(is_target.sum()), config.channels, generator=generator)
+        z[i, is_target] = eps.to(device)
+    return z, segment
+
+
 @torch.no_grad()
 def continue_texts(vae, dit, prompts, length=0, sampling=Sampling(), callback=None):
     """Continues each prompt (a list of ids, maybe empty) by up to `length` tokens, or to the end of
     a row of block_size. Returns lists of ids, with the end-of-text token where a text ended.
-    callback(t, texts) sees what the estimate of each step decodes to."""
-    config, device = dit.config, dit.from_latent.weight.device
-    rows = rows_of(prompts, length, config.block_size, config.end_of_text)
-    tokens, segment = (x.to(device) for x in rows)  # (B, N) each
-    B, N = tokens.shape
-    # Noise for whole rows, from the CPU: no device or other prompt changes it.
-    generator = torch.Generator().manual_seed(sampling.seed)
-    shape = B, max(N, config.block_size), config.channels
-    eps = torch.randn(shape, generator=generator)[:, :N].to(device)
-    is_target = (segment == TARGET)[..., None]
-    z = torch.where(is_target, eps, vae.latents(tokens, segment))  # (B, N, C)
+    callback(t, texts) sees what the estimate of each step decodes to, and the time t that the step
+    reaches."""
+    z, segment = noisy_rows(vae, dit, prompts, length, sampling.seed)  # (B, N, C), (B, N)
 
     def decode(z):
         tokens = vae.to_tokens(z, segment)
-        return texts_of(tokens, segment, config.end_of_text)
+        return texts_of(tokens, segment, dit.config.end_of_text)
 
     def show(t, guess):
         callback(float(t), decode(guess))

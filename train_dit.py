@@ -4,10 +4,11 @@
     python train_dit.py --data=data/owt2 --preset=small --out=out/owt2
 
 Watch the table by t, over validation rows:
-    loss       what training minimises: nats per token, or the squared error of the velocity.
-               The mean over the nine t chooses the best checkpoint
-    shuffled   the same, with contexts of other rows. It equals `loss` as long as the DiT makes
-               nothing of its context
+    loss       nats per token, or the squared error of the velocity. As in training, but here all
+               rows get a guess and tails do not count. The mean over the nine t, which are even,
+               chooses the best checkpoint
+    shuffled   the same, with contexts of other rows. It equals `loss` if the DiT ignores its
+               context
     noisy      share of tokens that decode right from the noisy latents, z_t / (1 - t)
     predicted  share of tokens that decode right from the DiT's estimate of the clean latents
 """
@@ -20,7 +21,7 @@ import torch.nn as nn
 
 from engine.checkpoint import build, copy_blocks, load_checkpoint
 from engine.config import DIT_PRESETS, TrainConfig, command_line
-from engine.corpus import Corpus
+from engine.corpus import Corpus, shorten_rows
 from engine.evaluation import Evaluation
 from engine.loop import (
     Run,
@@ -49,7 +50,7 @@ from textldm import (
 @dataclass
 class DiTStage:
     vae: str = option("", "checkpoint of stage 1 (OUT/vae.pt)")
-    from_decoder: bool = option(False, "blocks begin as the VAE decoder's, if of their width")
+    from_decoder: bool = option(False, "initialise blocks from the VAE decoder's, if of their width")
 
 
 def weight_of(batch):
@@ -66,7 +67,7 @@ def main():
     path = stage.vae or f"{cfg.out}/vae.pt"
     state = load_checkpoint(path, "vae", "python train_vae.py makes one", corpus.tokenizer)
     vae = build(TextVAE, VAEConfig, state).to(device).requires_grad_(False)
-    corpus.N = val.N = min(corpus.N, vae.config.block_size)
+    shorten_rows((corpus, val), vae.config.block_size, "the VAE")
     config.block_size = corpus.N
     config.vocab_size = corpus.meta["vocab_size"]
     config.channels = vae.config.channels

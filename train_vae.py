@@ -15,7 +15,7 @@ import torch.nn as nn
 
 from engine.checkpoint import build, load_teacher_state
 from engine.config import VAE_PRESETS, TrainConfig, command_line
-from engine.corpus import Corpus
+from engine.corpus import Corpus, shorten_rows
 from engine.evaluation import evaluate_vae
 from engine.loop import Run, pick_device, pick_dtype, recompute_blocks, set_learning_rate
 from engine.muon import make_optimizers
@@ -57,7 +57,7 @@ def main():
         state = load_teacher_state(stage.teacher or f"{cfg.out}/gpt.pt", corpus)
         teacher = build(GPT, TransformerConfig, state).to(device).requires_grad_(False)
         # The teacher has a position for each token of a row and for its end-of-text token.
-        corpus.N = val.N = min(corpus.N, teacher.config.block_size - 1)
+        shorten_rows((corpus, val), teacher.config.block_size - 1, "the teacher")
         weights = teacher.wte.weight.cpu().numpy().tobytes()
         identity["teacher"] = hashlib.sha256(weights).hexdigest()
     config.block_size = corpus.N
@@ -80,9 +80,13 @@ def main():
             return None
         return teacher_features(teacher, batch.tokens)
 
+    def evaluate():
+        active = vae.standardise(training_sample)  # of the weights as they are now
+        return evaluate_vae(vae, val_batches, features_of, active)
+
     optimizers = make_optimizers(vae, Block, cfg, pick_dtype(device))
     run = Run("vae", cfg, vae, vae, optimizers, identity)
-    for step in run.steps(lambda: evaluate_vae(vae, val_batches, features_of, training_sample)):
+    for step in run.steps(evaluate):
         learning_rate = run.learning_rate(step)
         beta = config.beta * min(step / max(config.beta_warmup, 1), 1)
         for batch, share, generator in run.micro_batches(corpus, weight_of):

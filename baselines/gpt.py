@@ -21,7 +21,16 @@ from engine.evaluation import lines_of_samples
 from engine.loop import Run, pick_device, pick_dtype, recompute_blocks, set_learning_rate
 from engine.muon import make_optimizers
 from engine.script import run_script
-from textldm import CONTEXT, GPT, OURS, Block, TransformerConfig, cross_entropy, weighted_mean
+from textldm import (
+    CONTEXT,
+    GPT,
+    OURS,
+    Block,
+    TransformerConfig,
+    cross_entropy,
+    row_seeds,
+    weighted_mean,
+)
 
 # The time of all three stages of README's first command, over the time of this one. Measured.
 FIRST_COMMAND = 10.0
@@ -38,15 +47,14 @@ def generate(gpt, prompts, length, temperature=1.0, top_p=1.0, seed=0):
     """Continues prompts (lists of ids) as `continue_texts` does with TextLDM.
 
     length: tokens to write at most; 0: what a row leaves. temperature 0 is greedy. top_p keeps the
-    likeliest tokens that together have that probability. Returns lists of ids."""
+    likeliest tokens that together have that probability. seed: an int, or one for each row. Returns
+    lists of ids."""
     eot, block = gpt.config.end_of_text, gpt.config.block_size
     rows = [[eot, *prompt] for prompt in prompts]
     ends = [len(row) + length if length else block for row in rows]
-    # The numbers that choose a row's tokens are its own, whatever its neighbours.
-    choices = []
-    for i, end in enumerate(ends):
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63)
-        u = torch.rand(end, generator=generator)
+    choices = []  # the numbers that choose the tokens of each row
+    for end, row_seed in zip(ends, row_seeds(prompts, seed)):
+        u = torch.rand(end, generator=torch.Generator().manual_seed(row_seed))
         choices.append(u if temperature > 0 else torch.zeros(end))
     live = [i for i in range(len(rows)) if len(rows[i]) < ends[i]]
     while live:
@@ -107,8 +115,8 @@ def main():
         __doc__, TransformerConfig, TrainConfig, presets=PRESETS, recipe=OURS
     )
     is_first_command = len(sys.argv) == 1
-    corpus = Corpus(cfg.data, "train", config.block_size, cut_words=False)
-    val = Corpus(cfg.data, "val", config.block_size, cut_words=False)
+    corpus = Corpus(cfg.data, "train", config.block_size)
+    val = Corpus(cfg.data, "val", config.block_size)
     # One token more than the rows of other stages. As a teacher it reads them after an end-of-text
     # token, and each of these positions has to be trained.
     corpus.N = val.N = config.block_size = corpus.N + 1

@@ -38,6 +38,7 @@ from textldm import (
     TransformerConfig,
     cross_entropy,
     init_weights,
+    row_seeds,
     rows_of,
     texts_of,
     weighted_mean,
@@ -83,22 +84,41 @@ def unmask(model, prompts, length=0, sampling=Sampling(cfg_scale=1.0)):
     end_of_text = model.config.end_of_text
     tokens, segment = rows_of(prompts, length, model.config.block_size, end_of_text)  # (B, N) each
     device = model.wte.weight.device
-    generator = torch.Generator().manual_seed(sampling.seed)
+    seeds = row_seeds(prompts, sampling.seed)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # each row has its own
     tokens, segment = tokens.to(device), segment.to(device)
-    is_masked = segment == TARGET
+    is_target = segment == TARGET
+    is_masked = is_target
     mask = (segment != PADDING)[:, None, None]  # (B, 1, 1, N)
+
+    def draw(counts, *shape):
+        """Uniform numbers, so many for each row: (sum of counts, *shape)."""
+        some = [torch.rand(n, *shape, generator=g) for n, g in zip(counts.tolist(), generators)]
+        return torch.cat(some).to(device)
+
     for i in range(sampling.steps, 0, -1):
         logits = model(tokens, is_masked, mask)  # (B, N, V)
-        u = torch.rand(tokens.shape, generator=generator).to(device)
+        u = torch.ones(tokens.shape, device=device)  # (B, N)
+        u[is_target] = draw(is_target.sum(1))
         is_revealed = is_masked & (u < 1 / i)
         # Only R revealed tokens are drawn. Random numbers for all would take longer than the
         # network, and many GB, if the vocabulary is large.
         scaled = logits[is_revealed] / max(sampling.temperature, 1e-6)  # (R, V)
-        uniform = torch.rand(scaled.shape, generator=generator)
-        gumbel = -(-uniform.log()).log().to(device)
+        uniform = draw(is_revealed.sum(1), scaled.shape[-1])  # (R, V)
+        gumbel = -(-uniform.log()).log()
         tokens[is_revealed] = (scaled + gumbel).argmax(-1)  # a draw from the softmax
         is_masked = is_masked & ~is_revealed
     return texts_of(tokens, segment, end_of_text)
+
+
+@torch.no_grad()
+def first_logits(model, prompts):
+    """Logits (B, V) of the token after each prompt, where all after it is masked."""
+    config = model.config
+    tokens, segment = rows_of(prompts, 0, config.block_size, config.end_of_text)  # (B, N) each
+    device = model.wte.weight.device
+    logits = model(tokens.to(device), (segment == TARGET).to(device))  # (B, N, V)
+    return logits[range(len(prompts)), [len(prompt) for prompt in prompts]]
 
 
 def weight_of(batch):

@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import regex  # tiktoken depends on it too
 import torch
 from tqdm import tqdm
 
@@ -54,20 +55,21 @@ from bench.metrics import (
     interval,
     known,
     mauve,
+    repeated,
     rouge,
     score,
     words_and_pairs,
 )
-from bench.ngram import WordModel
+from bench.ngram import WORD, WordModel
 from bench.report import commit, machine, report_of
 from bench.systems import References, make_system
 from engine.checkpoint import build, load_gpt_state, write_whole
 from engine.config import command_line
-from engine.corpus import Corpus
-from engine.lines import fit, read_lines
+from engine.corpus import Corpus, encode
+from engine.prompts import fit, read_lines, room_for_prompts
 from engine.loop import pick_device
 from engine.script import UserError, run_script
-from textldm import GPT, TransformerConfig, option
+from textldm import GPT, TransformerConfig, option, row_seeds
 
 
 @dataclass
@@ -127,8 +129,10 @@ def make_benchmark(corpus, path, n, seed, unprompted):
         if len(lines) == n:
             break
     if len(lines) < n:
+        remedy = f"--n={len(lines)}" if len(lines) >= 8 else "prepare more, or name a --benchmark"
         raise UserError(
-            f"--n={n}, but {corpus.path} has only {len(lines)} documents that can be cut; lower --n"
+            f"--n={n}, but only {len(lines)} documents of {corpus.path} fit a row and have a place "
+            f"between two words; {remedy}"
         )
     out = []
     for line in lines:
@@ -137,12 +141,14 @@ def make_benchmark(corpus, path, n, seed, unprompted):
 
 
 def beginnings_of_words(text):
-    """The places of spaces with words before and after."""
+    """The places of spaces with words before and after. Where there is none, those between two
+    characters of a script without spaces."""
     places = []
     for i in range(1, len(text) - 1):
         if text[i].isspace() and text[:i].strip() and text[i:].strip():
             places.append(i)
-    return places
+    words = list(regex.finditer(WORD, text))
+    return places or [b.start() for a, b in zip(words, words[1:]) if a.end() == b.start()]
 
 
 def benchmark_path(options, corpus):
@@ -175,11 +181,11 @@ def load_benchmark(path, options, corpus):
     # Shuffled, because one half is compared with the other.
     order = np.random.default_rng(options.seed).permutation(len(lines))
     lines = [lines[i] for i in order[: options.n]]
-    prompts = [corpus.encoding.encode_ordinary(line["prompt"]) for line in lines]
-    for i, ids in enumerate(fit(prompts, 0, corpus.N)):
-        lines[i]["ids"] = ids
-        lines[i]["ended"] = bool(lines[i].get("ended", True))
-        lines[i]["next"] = lines[i - 1]["reference"]
+    room = room_for_prompts(0, corpus.N)
+    for i, line in enumerate(lines):
+        line["ids"] = fit(encode(corpus.encoding, line["prompt"]), room, i + 1)
+        line["ended"] = bool(line.get("ended", True))
+        line["next"] = lines[i - 1]["reference"]
     return lines
 
 
@@ -236,17 +242,17 @@ class Judge:
         texts = []
         evaluations = 0
         size = self.options.batch_size if knob else len(self.lines)
+        seeds = row_seeds([line["ids"] for line in self.lines], self.options.seed)
         for start in range(0, len(self.lines), size):
             some = self.lines[start : start + size]
-            seed = self.options.seed * 1_000_003 + start
             with self.autocast, torch.no_grad():
-                new, of_each = system.write(some, knob, seed)
+                new, of_each = system.write(some, knob, seeds[start : start + size])
             texts += new
             evaluations += of_each * len(some) / len(self.lines)
         seconds = time.time() - began
         encoding = self.corpus.encoding
         for i, (text, ended) in enumerate(texts):
-            ids = encoding.encode_ordinary(text)
+            ids = encode(encoding, text)
             room = self.corpus.N - len(self.lines[i]["ids"])
             if len(ids) + ended > room:
                 texts[i] = encoding.decode(ids[:room]).rstrip("\ufffd"), False
@@ -331,6 +337,7 @@ class Judge:
             row["bertscore"] = interval(row["bertscore"], rng)
         row["copied_prompt"], row["copied_train"] = copied(texts, prompts, self.training)
         row["words_known"], row["copies"] = known(texts, prompts, self.training)
+        row["repeated"] = repeated(texts, prompts)
         row["tokens"] = float(tokens.mean())
         row["ended"] = float(np.mean(measured.ended[part]))
         row["evaluations"] = float(measured.evaluations)

@@ -5,13 +5,15 @@ A metric whose package is missing is a string that says what to install.
 
 import math
 import os
-import re
+import unicodedata
 
 import numpy as np
+import regex  # tiktoken depends on it too
 import torch
 import torch.nn.functional as F
 
-from engine.corpus import Corpus, load_encoding
+from bench.ngram import WORD
+from engine.corpus import Corpus, encode, load_encoding
 from textldm import cross_entropy
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # BERTScore never fetches weights: it is computed where they are
@@ -64,11 +66,11 @@ def rows_to_score(tokenizer, prompts, texts, block_size):
     new = []
     rows = []
     for prompt, (text, ended) in zip(prompts, texts):
-        ids = encoding.encode_ordinary(text)
+        ids = encode(encoding, text)
         if ended and len(ids) < block_size - 1:
             ids = ids + [eot]
         ids = ids[: block_size - 1]
-        before = [eot] + encoding.encode_ordinary(prompt)
+        before = [eot] + encode(encoding, prompt)
         new.append(ids)
         rows.append(before[-(block_size - len(ids)) :] + ids)
     return new, rows
@@ -77,13 +79,27 @@ def rows_to_score(tokenizer, prompts, texts, block_size):
 # ---- Likeness to references ----------------------------------------------------------------------
 
 
+class Words:
+    """ROUGE's words, in every script. Its package's own are runs of a-z and 0-9."""
+
+    def tokenize(self, text):
+        return words_of(unicodedata.normalize("NFC", text.lower()).replace("_", " "))
+
+
+def words_of(text):
+    """The words of a text. In scripts without spaces each character is one."""
+    return regex.findall(WORD, text)
+
+
 def rouge(texts, references):
     """F1 of ROUGE-1, ROUGE-2 and ROUGE-L, (n, 3), times 100; without stemming."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
         return "pip install rouge-score"
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False)
+    if not any(words_of(reference) for reference in references):
+        return "no reference has a word"
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False, tokenizer=Words())
     rows = []
     for text, reference in zip(texts, references):
         scores = scorer.score(reference, text)
@@ -97,6 +113,8 @@ def mauve(real, features, clusters, rng):
 
     The interval is the spread over halves of both. Halves are drawn without replacement, because
     repeated texts would look nearer to each other than they are."""
+    if clusters < 2:  # of any two sets it would say the same
+        return "too few prompts; --n=16 or more"
     try:
         import mauve as package
     except ImportError:
@@ -128,16 +146,26 @@ def quiet_mauve(package, p, q, clusters):
 
 
 def bert_score(texts, references):
-    """F1 of BERTScore (n,), times 100, where its weights are on this machine."""
+    """F1 of BERTScore (n,), times 100, where its weights are on this machine. They are of English.
+    An empty text has 0."""
+    letters = regex.findall(r"\p{L}", "".join(references))
+    if sum(letter.isascii() for letter in letters) <= len(letters) / 2:
+        return "its model reads English"
+    rows = [i for i, pair in enumerate(zip(texts, references)) if all(x.strip() for x in pair)]
+    if not rows:
+        return "all texts are empty"
     try:
         import bert_score as package
 
-        _, _, f1 = package.score(texts, references, lang="en")
-        return 100 * f1.numpy()
+        some = [texts[i] for i in rows], [references[i] for i in rows]
+        _, _, f1 = package.score(*some, lang="en")
     except ImportError:
         return "pip install bert-score"
-    except Exception:  # what transformers raises for missing files has no common class
+    except OSError:  # transformers finds no file
         return "roberta-large is not on this machine"
+    scores = np.zeros(len(texts))
+    scores[rows] = 100 * f1.numpy()
+    return scores
 
 
 # ---- Diversity -----------------------------------------------------------------------------------
@@ -198,20 +226,20 @@ class TrainingText:
         self.tokens = Corpus(corpus.path.parent, "train", 2).tokens
         text = self.encoding.decode(self.tokens[: 2**24].tolist())
         self.texts = text.split("<|endoftext|>")
-        self.words = set(re.findall(r"\w+", " ".join(self.texts)))
+        self.words = set(words_of(" ".join(self.texts)))
         self.documents = set(self.texts)
 
 
 def copied(texts, prompts, training):
     """How many of the texts' 4-grams of tokens are in their own prompt, and in the training text,
     in percent."""
-    encode = training.encoding.encode_ordinary
-    grams, owner = four_grams([encode(text) for text in texts])
+    encoding = training.encoding
+    grams, owner = four_grams([encode(encoding, text) for text in texts])
     if not len(grams):
         return float("nan"), float("nan")
     in_prompt = []
     for i, prompt in enumerate(prompts):
-        grams_of_prompt, _ = four_grams([encode(prompt)])
+        grams_of_prompt, _ = four_grams([encode(encoding, prompt)])
         in_prompt.append(np.isin(grams[owner == i], grams_of_prompt))
     in_training = np.zeros(len(grams), bool)
     tokens = training.tokens
@@ -249,12 +277,23 @@ def known(texts, prompts, training):
     is_copy = []
     for prompt, text in zip(prompts, texts):
         whole = prompt + text
-        for match in re.finditer(r"\w+", whole):
+        for match in regex.finditer(WORD, whole):
             if match.end() > len(prompt):
                 is_known.append(match[0] in training.words)
         is_copy.append(whole in training.documents)
     share = float(np.mean(is_known)) if is_known else float("nan")
     return 100 * share, 100 * float(np.mean(is_copy))
+
+
+def repeated(texts, prompts):
+    """How many words of the texts repeat the word before them, in percent. A sampler that has
+    collapsed shows here, and a sentence that says "that that" or "ha ha" hardly does."""
+    is_repeated = []
+    for prompt, text in zip(prompts, texts):
+        words = words_of(text.lower())
+        before = words_of(prompt.lower())[-1:] + words
+        is_repeated += [a == b for a, b in zip(before[-len(words) - 1 :], words)]
+    return 100 * float(np.mean(is_repeated)) if is_repeated else float("nan")
 
 
 # ---- Intervals -----------------------------------------------------------------------------------

@@ -6,11 +6,14 @@ other as they do in the text, and not whether a sentence holds together.
 """
 
 import math
-import re
 from collections import Counter
 
 import numpy as np
+import regex  # tiktoken depends on it too
 
+# Scripts without spaces between words: there each character is a word.
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+WORD = rf"(?V1)[[{UNSPACED}]--\p{{M}}]\p{{M}}*|[[\w\p{{M}}]--[{UNSPACED}]]+"
 WORDS = 2_000_000  # of the training text, at most
 WORD_ORDER = 3
 CHARACTER_ORDER = 5
@@ -87,8 +90,8 @@ class WordModel:
             sequence = words_of(prompt + text)
             sequence += (END,) * ended
             # Only the last word of the prompt can go on in the text.
-            is_cut = prompt[-1:].isalnum() and text[:1].isalnum()
-            first = len(words_of(prompt)) - is_cut
+            apart = len(words_of(prompt)) + len(words_of(text))
+            first = len(words_of(prompt)) - (len(words_of(prompt + text)) < apart)
             for i in range(first, len(sequence)):
                 nats[k] -= math.log(self.words.probability(sequence, i))
             count[k] = len(sequence) - first
@@ -97,7 +100,7 @@ class WordModel:
 
 def words_of(text):
     """A tuple of the words and the other signs of a text."""
-    return tuple(re.findall(r"\w+|[^\w\s]", text))
+    return tuple(regex.findall(rf"{WORD}|[^\w\s]", text))
 
 
 def uniform(character):

@@ -147,16 +147,17 @@ def main():
         )
     writer = diffusion_writer("dit", vae, dit, state["tokenizer"])
     texts = [text.strip() for text in options.prompts.split(";")]
-    seed = options.seed * 1_000_003  # as sample.py makes the noise of its first prompt
-    sampling = Sampling(options.steps, options.cfg, options.temperature, seed)
 
     runs = []
     _, autocast = pick_device("cpu", dit.config.block_size)
-    for text, prompt in zip(texts, writer.encode(texts)):
+    for prompt in writer.encode(texts):
+        seeds = writer.seeds([prompt], options.seed)  # as sample.py makes the noise
+        sampling = Sampling(options.steps, options.cfg, options.temperature, seeds)
         with autocast:
-            steps = denoised(writer, vae, dit, prompt, sampling)
-            tokens = written_by_gpt(gpt, prompt, sampling, writer.encoding)
-        runs.append(dict(prompt=text, steps=steps, gpt=tokens))
+            (whole,) = writer.complete([prompt], sampling)
+            steps = denoised(writer, vae, dit, whole, sampling)
+            tokens = written_by_gpt(gpt, whole, sampling, writer.encoding)
+        runs.append(dict(prompt=writer.encoding.decode(whole), steps=steps, gpt=tokens))
     content = dict(runs=runs, about=notes(runs, options), begin=BEGIN)
     content["corpus"] = options.about
     data = json.dumps(content, ensure_ascii=False)

@@ -390,8 +390,8 @@ def estimate(plt, options):
 def latents(plt, options):
     """Each dot is a token of validation text in its place. Means of frequent tokens carry their
     text."""
-    corpus = Corpus(options.data, "val", 64, cut_words=False)
-    train = Corpus(options.data, "train", 64, cut_words=False)
+    corpus = Corpus(options.data, "val", 64)
+    train = Corpus(options.data, "train", 64)
     count = np.bincount(train.tokens, minlength=corpus.meta["vocab_size"])
     folders = {"with REPA": options.out}
     if options.without:

@@ -47,7 +47,7 @@ from data.embedded import docs
 from data.reading import Reader
 from engine.checkpoint import write_whole
 from engine.config import DIT_PRESETS, VAE_PRESETS, TrainConfig, command_line
-from engine.corpus import Corpus, load_encoding, to_device
+from engine.corpus import Corpus, encode, load_encoding, to_device
 from engine.loop import Run, pick_device
 from engine.script import UserError, run_script
 from textldm import (
@@ -728,10 +728,11 @@ def time_prepare(file, texts, meta, cores, rounds):
 def seconds_of_tiktoken(encoding, texts, cores):
     """Of tiktoken's method for many texts, or on one core of a plain loop, if that is faster."""
     device = torch.device("cpu")
-    seconds = seconds_of(device, lambda: encoding.encode_ordinary_batch(texts, num_threads=cores))
+    options = dict(num_threads=cores, disallowed_special=())
+    seconds = seconds_of(device, lambda: encoding.encode_batch(texts, **options))
     if cores > 1:
         return seconds
-    plain = seconds_of(device, lambda: [encoding.encode_ordinary(text) for text in texts])
+    plain = seconds_of(device, lambda: [encode(encoding, text) for text in texts])
     return min(seconds, plain)
 
 

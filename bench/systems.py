@@ -10,11 +10,10 @@ import numpy as np
 
 from baselines.gpt import generate
 from engine.checkpoint import build, load_checkpoint, load_gpt_state
-from engine.corpus import Corpus
-from engine.lines import read_lines
+from engine.corpus import Corpus, encode
+from engine.prompts import read_lines
 from engine.script import UserError
 from textldm import GPT, Sampling, TransformerConfig
-from variants.parts import write_in_parts
 from variants.writers import load_writer
 
 KINDS = "real, other, unigram, tokens, prompt, gpt, masked, textldm or texts"
@@ -63,8 +62,9 @@ class System:
     longest_row = math.inf  # in tokens, of a prompt and what follows it
 
     def write(self, lines, knob, seed):
-        """Continues the prompts of lines, the dicts of the benchmark. Returns a list of (text,
-        whether it ended), and how often a network is evaluated for one text."""
+        """Continues the prompts of lines, the dicts of the benchmark. seed is a list of one for
+        each line. Returns a list of (text, whether it ended), and how often a network is evaluated
+        for one text."""
         raise NotImplementedError
 
 
@@ -100,7 +100,7 @@ class RandomTokens(System):
         rng = np.random.default_rng(seed)
         rows = []
         for line in lines:
-            size = len(self.corpus.encoding.encode_ordinary(line["next"]))
+            size = len(encode(self.corpus.encoding, line["next"]))
             ids = rng.choice(len(self.p), size, p=self.p).tolist()
             rows.append(ids + [self.corpus.eot])
         return decode(rows, self.corpus), 0
@@ -111,7 +111,7 @@ class RandomWords(System):
     prompt's reference."""
 
     def __init__(self, folder, corpus):
-        train = Corpus(folder, "train", corpus.N, cut_words=False)
+        train = Corpus(folder, "train", corpus.N)
         count = 500 if train.is_stream else 20_000
         rows = train.batch(np.random.default_rng(0), count, train.N).tokens
         words = []
@@ -199,10 +199,7 @@ class Diffusion(System):
         scale = knob.get("cfg", 1.0)
         sampling = Sampling(int(knob["steps"]), scale, knob.get("temperature", 1.0), seed)
         keep = int(knob.get("keep", 0))
-        if keep:
-            rows = write_in_parts(self.writer, prompts, 0, sampling, keep)
-        else:
-            rows = self.writer.write(prompts, 0, sampling)
+        rows = self.writer.write(prompts, 0, sampling, keep=keep)
         evaluations = sampling.steps
         if scale != 1:
             evaluations *= 2  # with and without the context

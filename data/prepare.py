@@ -65,7 +65,7 @@ class Encoder:
         self.dtype = dtype
         # The main thread must encode first. Measured: if a thread of the pool is the first to use
         # tiktoken's regex, all threads take 1.5 times as long.
-        encoding.encode_ordinary("the main thread goes first")
+        encoding.encode("the main thread goes first")
 
     def encode(self, text):
         """Returns the token ids of text, without an end-of-text token."""

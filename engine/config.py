@@ -5,6 +5,7 @@ of the command line, with its help text, its default and its range.
 """
 
 import argparse
+import math
 import os
 from dataclasses import dataclass, fields
 
@@ -68,15 +69,17 @@ DIT_PRESETS = dict(
 )
 
 
-def check(config):
-    """Raises UserError where a field is not of its type or out of its range."""
-    for f in fields(config):
-        value = getattr(config, f.name)
+def check(config_type, values):
+    """Raises UserError where a value is not of the type of its field, or out of its range."""
+    for f in fields(config_type):
+        value = values.get(f.name, f.default)
         low = f.metadata.get("low")
         high = f.metadata.get("high")
-        if low is None and f.type is int:
-            low = 0
+        if f.type is int:
+            low = 0 if low is None else low
+            high = 2**31 if high is None else high
         fits = type(value) is f.type
+        fits = fits and (f.type is not float or math.isfinite(value))
         fits = fits and (low is None or value >= low)
         fits = fits and (high is None or value <= high)
         if not fits:
@@ -88,12 +91,11 @@ def check(config):
 
 def make_config(config_type, values):
     """A config of the fields in values (a dict), checked. Raises UserError."""
+    check(config_type, values)
     try:
-        config = config_type(**values)
+        return config_type(**values)
     except ValueError as e:  # what a config itself refuses
         raise UserError(f"--{e}") from None
-    check(config)
-    return config
 
 
 def command_line(description, *config_types, presets=None, recipe=None):

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,8 @@ BROKEN = (
 GPT2 = dict(encoding="gpt2", vocab_size=50257, eot=50256)
 # nanoGPT's folders have no meta.json.
 NANOGPT = GPT2 | dict(dtype="uint16", layout="stream")
+LLMC_HEADERS = (20240520, 20240801)  # of tokens as uint16 and as uint32
+TEXT_BYTES = bytes([9, 10, 13, *range(32, 127)])
 
 
 def load_encoding(tokenizer, source="the checkpoint and its tokenizer"):
@@ -62,6 +65,50 @@ def load_encoding(tokenizer, source="the checkpoint and its tokenizer"):
         raise UserError(f"{source} do not fit ({reason}); prepare or train again") from None
 
 
+def encode(encoding, text):
+    """A string as ids; an end-of-text mark in it is ordinary text. Raises UserError where tiktoken
+    gives up. (There its `encode_ordinary` panics, which no `except Exception` catches.)"""
+    try:
+        return encoding.encode(text, disallowed_special=())
+    except ValueError as e:
+        raise UserError(
+            f"tiktoken cannot cut a text of {len(text):,} characters into words ({str(e)[:60]!r}); "
+            "shorten it"
+        ) from None
+
+
+def refuse_other_files(path, tokens):
+    """Raises UserError if a .bin file without meta.json does not hold GPT-2's tokens as uint16."""
+    found = None
+    head = tokens[:512].tobytes()  # 1 kB
+    magic = int.from_bytes(head[:4], "little")
+    if magic in LLMC_HEADERS and len(head) == 1024:
+        found = "has the header of llm.c and modded-nanogpt"
+    elif head.startswith(b"\x93NUMPY"):
+        found = "is a .npy file"
+    elif head.startswith((b"PK\x03\x04", b"\x1f\x8b", b"\x28\xb5\x2f\xfd")):
+        found = "is a compressed file"
+    elif not head.translate(None, TEXT_BYTES):
+        found = "is text"
+    elif any(not tokens[k::2].any() for k in range(min(2, len(tokens)))):
+        found = "has zeros in every second place, as numbers of 4 or 8 bytes have"
+    else:
+        # One pass, so that no bad token ends a run after hours.
+        largest = 0
+        for start in tqdm(range(0, len(tokens), 2**24), desc=str(path), delay=2, leave=False):
+            largest = max(largest, int(tokens[start : start + 2**24].max()))
+        if largest >= GPT2["vocab_size"]:
+            found = f"has a token {largest}, and GPT-2 has {GPT2['vocab_size']}"
+        elif largest < 256:
+            found = f"has no token above {largest}, so these are characters or bytes"
+    if found:
+        raise UserError(
+            f"{path} has no meta.json beside it, and {found}; without one it must hold GPT-2's "
+            "tokens as uint16 (nanoGPT's files) and nothing else; data/prepare.py makes such a "
+            "folder of the text"
+        )
+
+
 class Corpus:
     """One split of a prepared corpus.
 
@@ -71,8 +118,7 @@ class Corpus:
     path, meta, tokenizer, encoding: of the corpus. eot: the end-of-text token. tokens: the memmap.
     ends: where documents end. N: the length of the longest rows, at most block_size."""
 
-    def __init__(self, folder, split, block_size, cut_words=True):
-        self.cut_words = cut_words
+    def __init__(self, folder, split, block_size):
         self.path = Path(folder) / f"{split}.bin"
         path = self.path
         if not path.exists() or not path.stat().st_size:
@@ -110,6 +156,8 @@ class Corpus:
         self.encoding = load_encoding(self.tokenizer, f"{self.path} and meta.json")
         dtype = dict(uint16=np.uint16, uint32=np.uint32)[self.meta["dtype"]]
         self.tokens = np.memmap(self.path, dtype, "r")  # ValueError: not a whole number of tokens
+        if self.meta == NANOGPT:
+            refuse_other_files(self.path, self.tokens)
         if len(self.tokens) != self.meta.get("tokens", {}).get(split, len(self.tokens)):
             raise ValueError("another number of tokens")
         self.is_stream = self.meta["layout"] != "documents"
@@ -127,30 +175,28 @@ class Corpus:
 
     def batch(self, rng, B, N):
         """A Batch of B rows of N tokens. Each row is cut in context and target at a place drawn
-        anew: at the start, between two tokens or, in about one row of six, inside a token. So any
-        prompt is like one of training. unspecified: the paper cuts rows, and does not say where."""
+        anew: at the start or between two tokens, so any number of tokens may be a prompt.
+        unspecified: the paper cuts rows, and does not say where."""
         tokens = np.full((B, N), self.eot)
         lengths = np.zeros(B, int)
         cuts = np.zeros(B, int)
         for i in range(B):
             row, begins_text = self.stretch(rng, N)
-            row, cut = self.cut(rng, row, N, begins_text)
-            lengths[i] = min(len(row), N)
-            cuts[i] = min(cut, N - 1)
-            tokens[i, : lengths[i]] = row[:N]
+            lengths[i] = len(row)
+            cuts[i] = min(self.cut(rng, len(row), begins_text), N - 1)
+            tokens[i, : len(row)] = row
         place = np.arange(N)
         segment = np.where(place < cuts[:, None], CONTEXT, TARGET)  # (B, N)
         weight = np.where(place < lengths[:, None], 1, TAIL_WEIGHT).astype(np.float32)  # (B, N)
         return make_batch(*map(torch.from_numpy, (tokens, segment, weight)))
 
     def stretch(self, rng, N):
-        """N tokens or a few more (a cut inside a word may merge some), or a whole shorter document,
-        and whether a text begins with them."""
+        """N tokens, or a whole shorter document, and whether a text begins with them."""
         d = rng.integers(len(self.ends))
         first = self.ends[d - 1] if d else 0
         end = self.ends[d]
         start = first + rng.integers(max(end - first - N, 0) + 1)
-        row = self.tokens[start : min(end, start + N + 4)].tolist()
+        row = self.tokens[start : min(end, start + N)].tolist()
         if max(row) >= self.meta["vocab_size"]:
             raise UserError(
                 f"{self.path}: token {max(row)} is beyond its vocabulary of "
@@ -158,34 +204,14 @@ class Corpus:
             )
         return row, bool(start == first or self.is_stream)
 
-    def cut(self, rng, row, N, begins_text):
-        """The row, and how many of its tokens are context."""
+    def cut(self, rng, length, begins_text):
+        """How many tokens of a row of this length are context."""
         cut = 0
         if rng.random() > 0.1:
-            cut = rng.integers(min(len(row), N))
+            cut = rng.integers(length)
         if not begins_text:
             cut = max(cut, 1)  # only the beginning of a text follows nothing
-        if self.cut_words and cut and rng.random() < 0.25:
-            return self.cut_word(rng, row, cut)
-        return row, cut
-
-    def cut_word(self, rng, row, cut):
-        """Moves a cut from before token `cut` to a character inside it. Both sides are tokenised as
-        if they were seen apart, which is how a prompt that ends inside a word is tokenised."""
-        a = max(cut - 3, 0)
-        b = min(cut + 4, len(row))
-        if self.eot in row[a:b]:
-            b = row.index(self.eot, a)
-        before = self.encoding.decode(row[a:cut])
-        word = self.encoding.decode(row[cut : cut + 1])
-        after = self.encoding.decode(row[cut + 1 : b])
-        is_whole = "\ufffd" not in before + word + after  # the sign for a part of a character
-        if b <= cut or len(word) < 2 or not is_whole:
-            return row, cut
-        k = rng.integers(1, len(word))
-        left = self.encoding.encode_ordinary(before + word[:k])
-        right = self.encoding.encode_ordinary(word[k:] + after)
-        return row[:a] + left + right + row[b:], a + len(left)
+        return cut
 
     def fixed_batches(self, n, device):
         """n batches of up to 16,384 tokens. They are always the same, so any two checkpoints
@@ -196,6 +222,20 @@ class Corpus:
             batch = self.batch(np.random.default_rng((0, i)), B, self.N)
             batches.append(to_device(batch, device))
         return batches
+
+
+def shorten_rows(corpora, longest, model):
+    """Lowers the N of corpora to `longest`, what a model (its name) can read. A warning says so."""
+    wanted = max(corpus.N for corpus in corpora)
+    if wanted > longest:
+        print(
+            f"warning: {model} reads rows of at most {longest} tokens, so rows have {longest} "
+            f"instead of {wanted}; train {model} with --block_size={wanted}, or give "
+            f"--block_size={longest} here",
+            file=sys.stderr,
+        )
+    for corpus in corpora:
+        corpus.N = min(corpus.N, longest)
 
 
 def to_device(batch, device):

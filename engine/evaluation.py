@@ -13,10 +13,9 @@ from textldm import (
 
 
 @torch.no_grad()
-def evaluate_vae(vae, batches, features_of, training_sample):
-    """Standardises the latents by a sample of training data (batches). Returns a dict of means over
-    validation batches, and a line of text. features_of(batch): the teacher's features, or None."""
-    active = vae.standardise(training_sample)
+def evaluate_vae(vae, batches, features_of, active):
+    """Returns a dict of means over validation batches, and a line of text. features_of(batch): the
+    teacher's features, or None. active: the number of active channels."""
     mean = {}
     for batch in tqdm(batches, desc="evaluate", delay=2, leave=False):
         for name, value in vae(batch, features_of(batch), vae.config.beta).items():

@@ -12,6 +12,7 @@ import train_dit
 from baselines.gpt import generate, gpt_loss
 from baselines.masked import MaskedLM, masked_loss, unmask
 from engine.checkpoint import build, load_gpt_state
+from engine.corpus import GPT2
 from engine.config import DIT_PRESETS, VAE_PRESETS, TrainConfig
 from engine.loop import Run
 from engine.statistics import mean_latents
@@ -156,7 +157,7 @@ def load_gpt(source):
 
 
 def test_gpt_loads_hugging_face_layout(tmp_path):
-    gpt = make_gpt(n_layer=3, n_head=4, n_embd=32, block_size=20)
+    gpt = make_gpt(n_layer=3, n_head=4, n_embd=32, block_size=20, vocab_size=50257)
     state = {}
     for name, tensor in gpt.state_dict().items():
         is_transposed = ".c_" in name and tensor.dim() == 2
@@ -165,21 +166,21 @@ def test_gpt_loads_hugging_face_layout(tmp_path):
     state["transformer.h.0.attn.bias"] = torch.ones(1, 1, 20, 20)
     torch.save(state, tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text('{"n_head": 4}')
-    tokens = torch.randint(0, V, (2, 20))
+    tokens = torch.randint(0, 50257, (2, 20))
     assert torch.equal(load_gpt(tmp_path)(tokens), gpt(tokens))
-    assert load_gpt_state(tmp_path)["tokenizer"]["eot"] == V - 1
+    assert load_gpt_state(tmp_path)["tokenizer"] == GPT2
 
 
 def test_gpt_equals_hugging_face(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
-        n_layer=4, n_head=4, n_embd=64, n_positions=48, vocab_size=300, initializer_range=0.2
+        n_layer=4, n_head=4, n_embd=64, n_positions=48, initializer_range=0.2
     )
     theirs = transformers.GPT2LMHeadModel(config).eval()
     theirs.save_pretrained(tmp_path)  # model.safetensors
     torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
-    tokens = torch.randint(0, 300, (3, 48))
-    tokens[:, 0] = 299  # the end-of-text token, after which ours writes
+    tokens = torch.randint(0, 50257, (3, 48))
+    tokens[:, 0] = 50256  # the end-of-text token, after which ours writes
     with torch.no_grad():
         expected = theirs(tokens, output_hidden_states=True)
         for source in (tmp_path, tmp_path / "pytorch_model.bin"):
@@ -191,7 +192,7 @@ def test_gpt_equals_hugging_face(tmp_path):
 
     prompt = tokens[:1, :5]
     greedy = theirs.generate(
-        prompt, max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=299
+        prompt, max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=50256
     )
     (text,) = generate(ours, [prompt[0, 1:].tolist()], 20, temperature=0)
     assert len(text) > 5

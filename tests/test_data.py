@@ -455,7 +455,7 @@ def test_nanogpt_bins_are_gpt2_streams(tmp_path, monkeypatch):
 
     np.arange(1000, dtype=np.uint16).tofile(tmp_path / "train.bin")
     monkeypatch.setattr(engine.corpus, "load_encoding", no_encoding)
-    corpus = Corpus(tmp_path, "train", 64, cut_words=False)
+    corpus = Corpus(tmp_path, "train", 64)
     assert corpus.encoding["encoding"] == "gpt2"
     assert corpus.is_stream
     batch = corpus.batch(np.random.default_rng(0), 16, 32)
@@ -494,50 +494,21 @@ def test_a_row_is_a_document_and_a_tail_of_end_of_texts(rows):
 def test_a_context_is_tokenised_as_a_prompt_is(rows):
     corpus, found = rows
     for _, context, _, row, segment, _ in found:
-        assert corpus.encoding.encode_ordinary(context) == row[segment == CONTEXT].tolist()
+        assert corpus.encoding.encode(context) == row[segment == CONTEXT].tolist()
 
 
 def test_rows_are_cut_anywhere(rows):
     corpus, found = rows
-    empty = inside_words = inside_tokens = 0
-    for text, context, target, *_ in found:
+    empty = inside_words = 0
+    for _, context, target, *_ in found:
         empty += not context
         inside_words += context[-1:].isalpha() and target[:1].isalpha()
-        inside_tokens += text != corpus.encoding.encode_ordinary(context + target)
     assert empty > 40
     assert inside_words > 50
-    assert inside_tokens > 30
-
-
-def test_a_cut_is_moved_into_a_word(home):
-    corpus = Corpus(home / "data", "train", 64)
-    decode = corpus.encoding.decode
-    rng = np.random.default_rng(0)
-    moved = 0
-    for document in documents_of(corpus):
-        row = document.tolist()
-        for cut in range(1, len(row) - 1):
-            new_row, new_cut = corpus.cut_word(rng, row, cut)
-            assert decode(new_row) == decode(row)
-            if new_row == row and new_cut == cut:
-                continue  # the token is one character, or a part of one
-            moved += 1
-            before, through = decode(row[:cut]), decode(row[: cut + 1])
-            assert len(before) < len(decode(new_row[:new_cut])) < len(through)
-            assert through.startswith(decode(new_row[:new_cut]))
-    assert moved > 500
-
-
-def test_words_are_left_whole_where_asked(home):
-    corpus = Corpus(home / "data", "train", 64, cut_words=False)
-    documents = {tuple(d.tolist()) for d in documents_of(corpus)}
-    batch = corpus.batch(np.random.default_rng(0), 500, 64)
-    for row in batch.tokens.tolist():
-        assert tuple(row[: row.index(corpus.eot) + 1]) in documents
 
 
 def test_only_beginnings_have_an_empty_context(home):
-    corpus = Corpus(home / "data", "train", 8, cut_words=False)
+    corpus = Corpus(home / "data", "train", 8)
     beginnings = set()
     for document in documents_of(corpus):
         beginnings.add((*document.tolist(), *[corpus.eot] * 8)[:8])
@@ -558,7 +529,7 @@ def test_the_places_of_targets_are_known_without_a_gpu(rows, home):
 
 
 def test_documents_are_drawn_equally_often(home):
-    corpus = Corpus(home / "data", "train", 64, cut_words=False)
+    corpus = Corpus(home / "data", "train", 64)
     batch = corpus.batch(np.random.default_rng(0), 20 * len(corpus.ends), 64)
     seen = Counter(tuple(row) for row in batch.tokens.tolist())
     assert len(seen) == len(corpus.ends)

@@ -865,7 +865,7 @@ class OnlyRowsRun(Run):
 
 @every_loop
 def test_each_stage_trains_on_rows_of_its_kind(loop, inputs, tmp_path, quick, capsys):
-    """Cut anywhere, between tokens (the GPT's), or not at all (rows in blocks)."""
+    """Cut between tokens, or not at all (rows in blocks)."""
     runs = []
 
     def make_run(*given):
@@ -879,7 +879,6 @@ def test_each_stage_trains_on_rows_of_its_kind(loop, inputs, tmp_path, quick, ca
     is_in_blocks = loop.kind in ("causal_vae", "cola_dlm")
     assert (type(run.corpus).__name__ == "BlockCorpus") == is_in_blocks
     assert bool((run.rows.segment == TARGET).all()) == is_in_blocks
-    assert run.corpus.cut_words == (loop.kind != "gpt")
     assert run.corpus.path.stem == "train"
     assert run.model.config.block_size == run.corpus.N
 

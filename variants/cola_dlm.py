@@ -31,7 +31,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.checkpoint import build, copy_blocks, load_checkpoint, load_teacher_state
 from engine.config import DIT_PRESETS, VAE_PRESETS, TrainConfig, command_line
-from engine.corpus import Corpus
+from engine.corpus import Corpus, shorten_rows
 from engine.evaluation import (
     evaluate_vae,
     lines_of_samples,
@@ -67,6 +67,7 @@ from textldm import (
     make_batch,
     option,
     rotate,
+    row_seeds,
     same_segment,
     teacher_features,
     texts_of,
@@ -86,7 +87,6 @@ class BlockCorpus(Corpus):
         weight = np.full((B, N), TAIL_WEIGHT, dtype=np.float32)
         for i in range(B):
             row, begins_text = self.stretch(rng, N)
-            row = row[:N]
             tokens[i, : len(row)] = row
             weight[i, : len(row)] = 1
             if not begins_text:
@@ -284,7 +284,7 @@ class AtPlace:
     to textldm.guided_estimate it is a row without a prompt."""
 
     def __init__(self, dit, layout):
-        self.dit, self.layout = dit, layout
+        self.dit, self.layout, self.config = dit, layout, dit.config
         self.times, self.estimate = dit.times, dit.estimate
 
     def __call__(self, x, segment, t, guess, mask):
@@ -320,12 +320,12 @@ class Texts:
         self.begin = begin.to(device)  # (B, 1): where the document of a row begins
         self.end = P  # the position where the next block begins
         self.new = P  # the number of tokens that are not in the history
-        self.generators = []
-        for i in range(len(prompts)):
-            self.generators.append(torch.Generator().manual_seed(sampling.seed + i))
+        seeds = row_seeds(prompts, sampling.seed)
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def next_block(self):
-        """Writes a block. Returns its tokens (B, b)."""
+    def look_back(self):
+        """Takes the new tokens into the history. Returns the latents (B, L, C) of the last tokens,
+        and which of these belong to the document that a row is in (B, L)."""
         L = self.tokens.shape[1]
         position = torch.arange(self.end - L, self.end, device=self.tokens.device)  # (L,)
         # The document of a row is one segment to the VAE, and what was before it is another.
@@ -333,7 +333,13 @@ class Texts:
         clean = self.vae.latents(self.tokens, in_document)  # (B, L, C)
         if self.new:
             self.read(clean, position, in_document)
-        z = self.denoise_block(in_document, clean.shape[-1])  # (B, b, C)
+        return clean, in_document
+
+    def next_block(self):
+        """Writes a block. Returns its tokens (B, b)."""
+        clean, in_document = self.look_back()
+        at_place, z = self.noise(in_document)  # (B, b, C)
+        z = denoise(at_place, z, torch.full(z.shape[:2], TARGET, device=z.device), self.sampling)
 
         # The decoder reads the new latents behind those of the window.
         clean = clean[:, -self.window :]
@@ -369,9 +375,9 @@ class Texts:
         nothing = position[:0]  # no output is asked for
         self.dit(x, segment, t, torch.zeros_like(x), layout, places=nothing)
 
-    def denoise_block(self, in_document, C):
-        """Noise -> the latents (B, b, C) of the next block."""
-        b, device = self.b, in_document.device
+    def noise(self, in_document):
+        """The DiT at the place of the next block, and noise (B, b, C) for it."""
+        b, C, device = self.b, self.dit.config.channels, in_document.device
         z = torch.stack([torch.randn(b, C, generator=g) for g in self.generators]).to(device)
         in_document = F.pad(in_document[:, -self.window :], (0, b), value=True)
         mask = same_segment(in_document)[:, :, -b:]  # (B, 1, b, window + b)
@@ -381,8 +387,7 @@ class Texts:
             time_index=torch.zeros(b, dtype=torch.long, device=device),
             history=self.history,
         )
-        segment = torch.full(z.shape[:2], TARGET, device=device)
-        return denoise(AtPlace(self.dit, layout), z, segment, self.sampling)
+        return AtPlace(self.dit, layout), z
 
     def for_guidance(self, mask):
         return mask.repeat(2, 1, 1, 1) if self.is_guided else mask
@@ -413,6 +418,15 @@ def continue_in_blocks(vae, dit, prompts, length=0, sampling=Sampling(), callbac
         if callback is not None:
             callback(0.0, texts)
     return texts
+
+
+def first_block(vae, dit, prompts, sampling):
+    """The DiT at the place of the first block after each prompt, noise (B, b, C) for it, and its
+    segment (B, b)."""
+    texts = Texts(vae, dit, prompts, sampling)
+    _, in_document = texts.look_back()
+    at_place, z = texts.noise(in_document)
+    return at_place, z, torch.full(z.shape[:2], TARGET, device=z.device)
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -468,7 +482,7 @@ class VAEStage:
 @dataclass
 class DiTStage:
     vae: str = option("", "checkpoint of the causal VAE (OUT/vae.pt)")
-    from_decoder: bool = option(False, "blocks begin as the VAE decoder's, if of their width")
+    from_decoder: bool = option(False, "initialise blocks from the VAE decoder's, if of their width")
 
 
 def weight_of(batch):
@@ -488,7 +502,7 @@ def train_vae():
     if stage.teacher != "none":
         state = load_teacher_state(stage.teacher or f"{cfg.out}/gpt.pt", corpus)
         teacher = build(GPT, TransformerConfig, state).to(device).requires_grad_(False)
-        corpus.N = val.N = min(corpus.N, teacher.config.block_size - 1)
+        shorten_rows((corpus, val), teacher.config.block_size - 1, "the teacher")
         weights = teacher.wte.weight.cpu().numpy().tobytes()
         identity["teacher"] = hashlib.sha256(weights).hexdigest()
     config.block_size = corpus.N
@@ -511,9 +525,13 @@ def train_vae():
             return None
         return teacher_features(teacher, batch.tokens)
 
+    def evaluate():
+        active = vae.standardise(training_sample)  # of the weights as they are now
+        return evaluate_vae(vae, val_batches, features_of, active)
+
     optimizers = make_optimizers(vae, Block, cfg, pick_dtype(device))
     run = Run("vae", cfg, vae, vae, optimizers, identity)
-    for step in run.steps(lambda: evaluate_vae(vae, val_batches, features_of, training_sample)):
+    for step in run.steps(evaluate):
         learning_rate = run.learning_rate(step)
         beta = config.beta * min(step / max(config.beta_warmup, 1), 1)
         for batch, share, generator in run.micro_batches(corpus, weight_of):
@@ -545,7 +563,7 @@ def train_dit():
     remedy = "python variants/cola_dlm.py vae makes one"
     state = load_checkpoint(path, "causal_vae", remedy, corpus.tokenizer)
     vae = build(CausalVAE, VAEConfig, state).to(device).requires_grad_(False)
-    corpus.N = val.N = min(corpus.N, vae.config.block_size)
+    shorten_rows((corpus, val), vae.config.block_size, "the VAE")
     config.block_size = corpus.N
     config.vocab_size = corpus.meta["vocab_size"]
     config.channels = vae.config.channels

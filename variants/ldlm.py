@@ -29,7 +29,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.checkpoint import build, load_teacher_state
 from engine.config import DIT_PRESETS, TrainConfig, command_line
-from engine.corpus import Corpus
+from engine.corpus import Corpus, shorten_rows
 from engine.evaluation import Evaluation
 from engine.loop import (
     Run,
@@ -268,7 +268,7 @@ def main():
     device, autocast = pick_device(cfg.device, corpus.N)
     state = load_teacher_state(stage.teacher or f"{cfg.out}/gpt.pt", corpus)
     teacher = build(GPT, TransformerConfig, state).to(device)
-    corpus.N = val.N = min(corpus.N, teacher.config.block_size - 1)
+    shorten_rows((corpus, val), teacher.config.block_size - 1, "the teacher")
     config.block_size = corpus.N
     config.vocab_size = corpus.meta["vocab_size"]
     config.teacher_config = json.dumps(asdict(teacher.config))

@@ -13,15 +13,17 @@ This is ours; none of the papers has it.
 
 from dataclasses import replace
 
+from textldm import row_seeds
+
 
 def write_in_parts(writer, prompts, length, sampling, keep):
-    """Calls writer.write again and again, and keeps the first `keep` new tokens each time.
+    """Calls writer.sample again and again, and keeps the first `keep` new tokens each time.
 
     writer: a Writer of a kind that writes all tokens at once. A text ends with `length` tokens (0:
-    at the end of a row) or an end-of-text token. Texts that have ended leave the batch, so the
-    noise of those that go on depends on them. Returns lists of ids."""
+    at the end of a row) or an end-of-text token. Returns lists of ids."""
     end_of_text = writer.tokenizer["eot"]
     texts = [[] for _ in prompts]
+    seeds = row_seeds(prompts, sampling.seed)
     kept = 0  # tokens of each unfinished text
 
     def is_open(i):
@@ -32,8 +34,9 @@ def write_in_parts(writer, prompts, length, sampling, keep):
     while rows:
         some = [prompts[i] + texts[i] for i in rows]
         left = length - kept if length else 0
-        anew = replace(sampling, seed=sampling.seed + 10**9 * kept)  # with noise of its own
-        for i, draft in zip(rows, writer.write(some, left, anew)):
+        of_part = [(seeds[i] + 1_000_003 * kept) % 2**32 for i in rows]
+        anew = replace(sampling, seed=of_part)  # with noise of its own
+        for i, draft in zip(rows, writer.sample(some, left, anew)):
             texts[i] += draft[:keep]
         kept += keep
         rows = [i for i in rows if is_open(i)]

@@ -1,17 +1,19 @@
 """Writes with a checkpoint of any kind, which names its kind itself."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from os.path import commonprefix
 from pathlib import Path
 from typing import Callable
 
 import torch
 
-from baselines.gpt import generate
+from baselines import masked
+from baselines.gpt import generate, next_logits
 from baselines.masked import MaskedLM, unmask
 from engine.checkpoint import GPT2_NAMES, as_gpt_state, build, load_checkpoint, load_gpt_state
 from engine.corpus import load_encoding
-from engine.lines import fit
+from engine.prompts import make_prompts, room_for_prompts
 from engine.script import UserError
 from textldm import (
     GPT,
@@ -22,9 +24,19 @@ from textldm import (
     TransformerConfig,
     VAEConfig,
     continue_texts,
+    guided_estimate,
+    noisy_rows,
+    row_seeds,
 )
-from variants.cola_dlm import CausalVAE, ColaConfig, ColaDiT, continue_in_blocks
+from variants.cola_dlm import (
+    CausalVAE,
+    ColaConfig,
+    ColaDiT,
+    continue_in_blocks,
+    first_block,
+)
 from variants.ldlm import LDLM, LDLMConfig
+from variants.parts import write_in_parts
 
 KINDS = ("dit", "cola_dlm", "ldlm", "gpt", "masked")
 
@@ -34,23 +46,33 @@ class Writer:
     """A model that continues prompts."""
 
     kind: str
-    write: Callable  # write(prompts, length, sampling, callback=None) -> lists of ids
+    sample: Callable  # sample(prompts, length, sampling, callback=None) -> lists of ids
     tokenizer: dict
     block_size: int  # a prompt and its continuation have at most so many tokens
+    first_logits: Callable = None  # (prompts, sampling) -> logits (B, V) of the token after each
     block: int = 0  # tokens in a block, of a kind that writes on and on; else 0
-    has_temperature: bool = True
     has_steps: bool = True  # whether it denoises in steps, which a callback may see
+
+    @property
+    def has_temperature(self):
+        return self.first_logits is not None
 
     @cached_property
     def encoding(self):
         return load_encoding(self.tokenizer)
 
+    @cached_property
+    def token_bytes(self):
+        """The bytes of each token but the end-of-text."""
+        eot = self.tokenizer["eot"]
+        return [self.encoding.decode_single_token_bytes(i) for i in range(eot)]
+
     def encode(self, prompts, length=0):
-        """Strings as lists of ids. Each leaves room for `length` more tokens, or for an eighth of a
-        row where length is 0: the beginning of a longer one is cut off, with a warning. Raises
+        """Strings as Prompts. Each leaves room for `length` more tokens, or for an eighth of a row
+        where length is 0: the beginning of a longer one is cut off, with a warning. Raises
         UserError if no row has that room."""
-        ids = [self.encoding.encode_ordinary(prompt) for prompt in prompts]
-        return fit(ids, self.block or length, self.block_size)
+        room = room_for_prompts(self.block or length, self.block_size)
+        return make_prompts(self.encoding, prompts, room, self.has_temperature)
 
     def decode(self, ids):
         """ids as a string, without the end-of-text token at its end. Others become line ends."""
@@ -60,9 +82,83 @@ class Writer:
     def text(self, prompt, sampling=Sampling(), length=0):
         """Continues a string, by at most `length` tokens (0: to the end of a row). Returns what
         follows it. In fp32; where sample.py uses bf16, it may choose other words."""
-        with torch.no_grad():
-            (ids,) = self.write(self.encode([prompt], length), length, sampling)
+        (ids,) = self.write(self.encode([prompt], length), length, sampling)
         return self.decode(ids)
+
+    def seeds(self, prompts, seed):
+        """textldm.row_seeds of Prompts, or of lists of ids."""
+        return row_seeds([[*prompt, *rest_of(prompt)] for prompt in prompts], seed)
+
+    @torch.no_grad()
+    def write(self, prompts, length=0, sampling=Sampling(), callback=None, keep=0):
+        """Continues Prompts, or lists of ids, as they were typed: what a text repeats of `rest` is
+        taken off. Returns lists of ids. keep: see variants/parts.py."""
+        sampling = replace(sampling, seed=self.seeds(prompts, sampling.seed))
+        whole = self.complete(prompts, sampling)
+
+        def typed(texts):
+            """What follows each prompt as it was typed."""
+            found = []
+            for prompt, ids, text in zip(prompts, whole, texts):
+                found.append(self.without(ids[len(prompt) :] + text, rest_of(prompt)))
+            return found
+
+        def show(t, texts):
+            callback(t, typed(texts))
+
+        if keep:
+            return typed(write_in_parts(self, whole, length, sampling, keep))
+        return typed(self.sample(whole, length, sampling, show if callback else None))
+
+    @torch.no_grad()
+    def complete(self, prompts, sampling):
+        """Lists of ids: each prompt, and one or more tokens that begin with its `rest`.
+
+        This is token healing (Lundberg 2023, of the library guidance). A prompt that ends inside a
+        word ends with a token that no text has there. So its last piece is taken off and drawn
+        again, from p(token) of the tokens that begin with it, or that it begins with. Where a
+        model has no p(token), nothing is added."""
+        whole = [list(prompt) for prompt in prompts]
+        rests = [rest_of(prompt) for prompt in prompts]
+        generators = [torch.Generator().manual_seed(seed) for seed in sampling.seed]
+        while self.first_logits and any(rests):
+            rows = [i for i, rest in enumerate(rests) if rest]
+            fitting = {rest: self.fitting(rest) for rest in set(rests)}
+            some = [whole[i][1 - self.block_size :] for i in rows]
+            of_rows = replace(sampling, seed=[sampling.seed[i] for i in rows])
+            logits = self.first_logits(some, of_rows).float().cpu()
+            for i, row in zip(rows, logits):
+                row = row.masked_fill(~fitting[rests[i]], -torch.inf)
+                p = (row / max(sampling.temperature, 1e-4)).softmax(-1)
+                token = p.multinomial(1, generator=generators[i]).item()
+                whole[i].append(token)
+                rests[i] = rests[i][len(self.token_bytes[token]) :]
+        return whole
+
+    def fitting(self, rest):
+        """(V,): whether each token begins with these bytes, or they with it."""
+        fits = [token.startswith(rest) or rest.startswith(token) for token in self.token_bytes]
+        return torch.tensor([*fits, False])  # the last token is the end of a text
+
+    def without(self, ids, rest):
+        """ids without those bytes of rest with which they begin. What is left of a token that has
+        more is cut into tokens again."""
+        ids = list(ids)
+        while rest and ids and ids[0] < len(self.token_bytes):
+            token = self.token_bytes[ids[0]]
+            common = commonprefix((token, rest))
+            if not common:
+                break
+            rest = rest[len(common) :]
+            left = token[len(common) :]
+            ids[:1] = [self.encoding.encode_single_token(bytes([byte])) for byte in left]
+            if left:
+                break
+        return ids
+
+
+def rest_of(prompt):
+    return getattr(prompt, "rest", b"")
 
 
 def load_writer(path, vae_path="", device="cpu"):
@@ -104,32 +200,67 @@ def load_vae(vae_path, path, state, vae_type):
     return vae
 
 
+class InLogits:
+    """A DiT whose estimate is log p(token). So guided_estimate guides these, at t = 1."""
+
+    def __init__(self, dit):
+        self.dit, self.config = dit, dit.config
+
+    def __call__(self, *given):
+        return self.dit(*given)
+
+    def estimate(self, output, z, t, temperature):
+        return output.log_softmax(-1)
+
+
 def diffusion_writer(kind, vae, dit, tokenizer):
-    def write(prompts, length, sampling, callback=None):
+    def sample(prompts, length, sampling, callback=None):
         if kind == "cola_dlm":
             return continue_in_blocks(vae, dit, prompts, length, sampling, callback)
         return continue_texts(vae, dit, prompts, length, sampling, callback)
 
+    def first_logits(prompts, sampling):
+        if kind == "cola_dlm":
+            net, z, segment = first_block(vae, dit, prompts, sampling)
+            places = [0 for _ in prompts]
+        else:
+            net = dit
+            z, segment = noisy_rows(vae, dit, prompts, 0, sampling.seed)  # (B, N, C), (B, N)
+            places = [len(prompt) for prompt in prompts]
+        t, guess = torch.ones((), device=z.device), torch.zeros_like(z)
+        logits = guided_estimate(InLogits(net), z, t, guess, segment, sampling)  # (B, N, V)
+        return logits[range(len(prompts)), places]
+
     config = dit.config
     block = config.latent_block if kind == "cola_dlm" else 0
-    return Writer(kind, write, tokenizer, config.block_size, block, config.predict_tokens)
+    if not config.predict_tokens:
+        first_logits = None
+    return Writer(kind, sample, tokenizer, config.block_size, first_logits, block)
 
 
 def gpt_writer(state, device):
     gpt = build(GPT, TransformerConfig, state).to(device)
+    eot = gpt.config.end_of_text
 
-    def write(prompts, length, sampling, callback=None):
+    def sample(prompts, length, sampling, callback=None):
         return generate(gpt, prompts, length, sampling.temperature, seed=sampling.seed)
+
+    def first_logits(prompts, sampling):
+        return next_logits(gpt, [[eot, *prompt] for prompt in prompts])
 
     # It reads an end-of-text token first.
     block_size = gpt.config.block_size - 1
-    return Writer("gpt", write, state["tokenizer"], block_size, has_steps=False)
+    return Writer("gpt", sample, state["tokenizer"], block_size, first_logits, has_steps=False)
 
 
 def masked_writer(state, device):
     model = build(MaskedLM, TransformerConfig, state).to(device)
 
-    def write(prompts, length, sampling, callback=None):
+    def sample(prompts, length, sampling, callback=None):
         return unmask(model, prompts, length, sampling)
 
-    return Writer("masked", write, state["tokenizer"], model.config.block_size, has_steps=False)
+    def first_logits(prompts, sampling):
+        return masked.first_logits(model, prompts)
+
+    block_size = model.config.block_size
+    return Writer("masked", sample, state["tokenizer"], block_size, first_logits, has_steps=False)
