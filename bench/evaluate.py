@@ -306,12 +306,12 @@ class Judge:
             texts=measured.texts[self.reporting],
             nll=measured.nll[self.reporting].tolist(),
             tokens=measured.tokens[self.reporting].tolist(),
-            rouge_1=scores if isinstance(scores, str) else scores[:, 0].tolist(),
+            rouge_1=scores if isinstance(scores, str) else [row[0] for row in scores],
         )
         return row, frontier, per_text
 
     def row(self, measured, scores):
-        """The columns of a system, of the reported half. scores (n, 3) are those of ROUGE."""
+        """The columns of a system, of the reported half. scores are those of rouge."""
         part = self.reporting
         rng = self.rng
         texts = measured.texts[part]
@@ -331,7 +331,7 @@ class Judge:
         row["mauve"] = mauve(real, measured.features[part], self.clusters, rng)
         row["rouge"] = scores
         if not isinstance(scores, str):
-            row["rouge"] = [interval(scores[:, k], rng) for k in range(3)]
+            row["rouge"] = [interval(np.array(column), rng) for column in zip(*scores)]
         row["bertscore"] = bert_score(texts, self.truth.texts[part])
         if not isinstance(row["bertscore"], str):
             row["bertscore"] = interval(row["bertscore"], rng)

@@ -92,7 +92,8 @@ def words_of(text):
 
 
 def rouge(texts, references):
-    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L, (n, 3), times 100; without stemming."""
+    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L of each text (n lists of three), times 100; without
+    stemming."""
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
@@ -103,8 +104,8 @@ def rouge(texts, references):
     rows = []
     for text, reference in zip(texts, references):
         scores = scorer.score(reference, text)
-        rows.append([s.fmeasure for s in scores.values()])
-    return 100 * np.array(rows)
+        rows.append([100 * score.fmeasure for score in scores.values()])
+    return rows
 
 
 def mauve(real, features, clusters, rng):
@@ -138,7 +139,10 @@ def quiet_mauve(package, p, q, clusters):
         result = package.compute_mauve(
             p_features=p, q_features=q, num_buckets=clusters, seed=1, verbose=False
         )
-        return 100 * result.mauve
+        # mauve-text says 75 or 100 of equal histograms, by the sort of the CPU
+        # (findings/mauve_of_equal_histograms.sh).
+        is_equal = np.array_equal(result.p_hist, result.q_hist)
+        return 100.0 if is_equal else 100 * result.mauve
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
@@ -291,8 +295,8 @@ def repeated(texts, prompts):
     is_repeated = []
     for prompt, text in zip(prompts, texts):
         words = words_of(text.lower())
-        before = words_of(prompt.lower())[-1:] + words
-        is_repeated += [a == b for a, b in zip(before[-len(words) - 1 :], words)]
+        before = [None, *words_of(prompt.lower())][-1]
+        is_repeated += [a == b for a, b in zip([before, *words], words)]
     return 100 * float(np.mean(is_repeated)) if is_repeated else float("nan")
 
 

@@ -1,6 +1,7 @@
 """Corpora: a memmap of tokens that data/prepare.py wrote, and batches of training rows of it."""
 
 import base64
+import codecs
 import json
 import sys
 from pathlib import Path
@@ -30,7 +31,6 @@ GPT2 = dict(encoding="gpt2", vocab_size=50257, eot=50256)
 # nanoGPT's folders have no meta.json.
 NANOGPT = GPT2 | dict(dtype="uint16", layout="stream")
 LLMC_HEADERS = (20240520, 20240801)  # of tokens as uint16 and as uint32
-TEXT_BYTES = bytes([9, 10, 13, *range(32, 127)])
 
 
 def load_encoding(tokenizer, source="the checkpoint and its tokenizer"):
@@ -88,7 +88,7 @@ def refuse_other_files(path, tokens):
         found = "is a .npy file"
     elif head.startswith((b"PK\x03\x04", b"\x1f\x8b", b"\x28\xb5\x2f\xfd")):
         found = "is a compressed file"
-    elif not head.translate(None, TEXT_BYTES):
+    elif is_text(head):
         found = "is text"
     elif any(not tokens[k::2].any() for k in range(min(2, len(tokens)))):
         found = "has zeros in every second place, as numbers of 4 or 8 bytes have"
@@ -107,6 +107,15 @@ def refuse_other_files(path, tokens):
             "tokens as uint16 (nanoGPT's files) and nothing else; data/prepare.py makes such a "
             "folder of the text"
         )
+
+
+def is_text(head):
+    """Whether the first bytes of a file are UTF-8 without control characters."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)  # its end may cut a character
+    except UnicodeDecodeError:
+        return False
+    return all(sign >= " " or sign in "\t\n\r" for sign in text)
 
 
 class Corpus:
@@ -153,11 +162,11 @@ class Corpus:
         for key in ("encoding", "vocab_size", "eot", "bpe"):
             if key in self.meta:
                 self.tokenizer[key] = self.meta[key]
-        self.encoding = load_encoding(self.tokenizer, f"{self.path} and meta.json")
         dtype = dict(uint16=np.uint16, uint32=np.uint32)[self.meta["dtype"]]
         self.tokens = np.memmap(self.path, dtype, "r")  # ValueError: not a whole number of tokens
         if self.meta == NANOGPT:
             refuse_other_files(self.path, self.tokens)
+        self.encoding = load_encoding(self.tokenizer, f"{self.path} and meta.json")
         if len(self.tokens) != self.meta.get("tokens", {}).get(split, len(self.tokens)):
             raise ValueError("another number of tokens")
         self.is_stream = self.meta["layout"] != "documents"

@@ -244,7 +244,7 @@ def refuse_judging(judged, capsys):
 
 
 BAD_OPTIONS = [
-    ("has only", ["--n=5000"]),
+    ("; --n=", ["--n=5000"]),
     ("kind 'fake'", ["--systems=real,fake"]),
     ("--top_p=1,x", ["--systems=gpt", "--top_p=1,x"]),
     ("two rows", ["--systems=real,real"]),

@@ -552,11 +552,14 @@ def test_damaged_files_lose_no_document_silently(tmp_path, name):
         assert len(found) == expected
 
 
-def test_what_only_has_the_suffix_of_an_archive_is_refused(tmp_path):
-    for name in ("a.gz", "a.bz2", "a.xz", "a.zst", "a.tar", "a.zip", "a.tgz", "a.txt.GZ"):
-        write(tmp_path / "in" / name, b"<html>not found</html>" * 99)
-        assert "broken" in refusal(tmp_path / "in")
-        (tmp_path / "in" / name).unlink()
+@pytest.mark.parametrize(
+    "name", ["a.gz", "a.bz2", "a.xz", "a.zst", "a.tar", "a.zip", "a.tgz", "a.txt.GZ"]
+)
+def test_what_only_has_the_suffix_of_an_archive_is_refused(tmp_path, name):
+    if name.endswith(".zst"):
+        pytest.importorskip("zstandard")
+    write(tmp_path / "in" / name, b"<html>not found</html>" * 99)
+    assert "broken" in refusal(tmp_path / "in")
 
 
 def test_encrypted_archives_are_refused(tmp_path):
