@@ -19,11 +19,11 @@ Shapes   B rows in a batch     N tokens in a row       V tokens in the vocabular
          C channels of a latent    T target tokens in the whole batch
 Time     t = 1 is noise and t = 0 is data. The path between them is straight:
          z_t = (1 - t) z_0 + t eps. Its velocity is dz_t/dt = eps - z_0.
-Latents  TextVAE works on raw ones. `latents` returns, and `to_tokens` takes, standardised ones,
-         with mean 0 and standard deviation 1 per channel. Stage 2 and the sampler see only those.
+Latents  TextVAE computes with raw ones. Its method `latents` returns, and `to_tokens` takes,
+         standardised ones: channels have mean 0 and standard deviation 1. Others see only those.
 Recipe   Defaults in this file are the paper's where it states a value; depth and width are our
-         choice. The scripts run smaller networks, and the departures in the dict OURS:
-         docs/deviations.md has a table of the values that run.
+         choice. The scripts run smaller networks, with the departures in the dict OURS, and sample
+         otherwise: docs/deviations.md has a table of the values that run.
 Tags     `unspecified:` the paper is silent. `deviation:` a departure that no option undoes.
 
 [TextLDM] Jiang et al. 2026, arXiv 2605.07748    [VAE]  Kingma, Welling 2013, arXiv 1312.6114
@@ -31,8 +31,8 @@ Tags     `unspecified:` the paper is silent. `deviation:` a departure that no op
 [RoPE]    Su et al. 2021, arXiv 2104.09864       [REPA] Yu et al. 2024, arXiv 2410.06940
 [FM]      Lipman et al. 2022, arXiv 2210.02747   [SD3]  Esser et al. 2024, arXiv 2403.03206
 [CFG]     Ho, Salimans 2022, arXiv 2207.12598    [AB]   Chen et al. 2022, arXiv 2208.04202
-[CDCD]    Dieleman et al. 2022, arXiv 2211.15089 [ELF]  arXiv 2605.10938
-[VA-VAE]  Yao, Wang 2025, arXiv 2501.01423       [Muon] Jordan et al. 2024, kellerjordan.github.io
+[CDCD]   Dieleman et al. 2022, arXiv 2211.15089  [ELF]  Hu et al. 2026, arXiv 2605.10938
+[VA-VAE] Yao et al. 2025, arXiv 2501.01423       [Muon] Jordan et al. 2024, kellerjordan.github.io
 """
 
 import math
@@ -50,26 +50,28 @@ import torch.nn.functional as F
 OURS = dict(
     # The DiT is told the time: it need not infer it from the noise.
     adaln=True,
-    # REPA aligns the latents, as in [VA-VAE], for these are what the DiT sees; with weight 4.
+    # REPA aligns the latents, as in [VA-VAE], for these are what the DiT sees. With the paper's
+    # weight of 1 they were aligned too little.
     repa_latents=True,
     repa=4.0,
     # The DiT predicts the token, and the velocity follows from it, as in [CDCD].
     predict_tokens=True,
     # The DiT is told its estimate of the previous step, so that tokens can agree [AB].
     self_condition=True,
-    # The DiT's blocks are initialised from the VAE decoder's, which read clean latents already. The
-    # gates of adaLN start at 0. (train_dit.py does this.)
+    # The DiT's blocks are initialised from the VAE decoder's, which read clean latents already
+    # (train_dit.py). The gates of adaLN still start at 0, so these blocks come in as gates open.
     from_decoder=True,
     # Training and sampling spend more of their times near noise, where tokens are decided.
     t_mean=0.8,
     t_std=1.0,
-    # Matrices of blocks are trained by [Muon] instead of AdamW: the loss falls faster per step.
+    # [Muon] trains the matrices of blocks instead of AdamW: the loss falls faster per step. (Not of
+    # the small VAE: engine/config.py.)
     muon=True,
 )
 
 CONTEXT, TARGET, PADDING = 0, 1, 2  # values of `segment`; only sampling needs padding
-# unspecified: the weight of the tail in the losses, whose tokens would outnumber the text's. As the
-# weight of a class it also lowers P(end of text): docs/deviations.md.
+# unspecified: the weight of each token of the tail in the losses. Tails would outnumber the text.
+# They are end-of-texts, so this also makes P(end of text) too low (docs/deviations.md).
 TAIL_WEIGHT = 0.1
 
 
@@ -333,8 +335,8 @@ class TextVAE(nn.Module):
         (B, N, E_teacher).
         The paper's student is h (B, N, E). `to_posterior` may discard what is aligned there. Our
         student is mu (B, N, C), which the DiT will see. deviation: the features are standardised.
-        In GPT-2 a few huge, nearly constant dimensions give any two tokens a cosine near 2/3. In
-        the default teacher, a small GPT of ours, any two have 0.1, and less is changed by it."""
+        In GPT-2 a few huge, nearly constant dimensions give any two tokens a cosine near 2/3. (Of
+        the default teacher, a small GPT of ours, any two have less than 0.1.)"""
         student = self.to_teacher(mu if self.config.repa_latents else h).float()
         teacher = (features.float() - self.teacher_mean) / self.teacher_std
         return F.cosine_similarity(student, teacher.detach(), dim=-1)
@@ -368,7 +370,7 @@ class TextVAE(nn.Module):
     def standardise(self, batches):
         """Measures mean and std of each channel, over counted tokens of batches, for `latents` and
         `to_tokens`. Returns the number of active channels: their mu has a variance above 0.01.
-        Others say nothing, so they keep their scale: to divide by their std would blow them up."""
+        The others carry nothing. They are not rescaled: a tiny std would blow up their noise."""
         found = [self.posterior(b.tokens, b.segment)[0][b.counted] for b in batches]
         mu = torch.cat(found).cpu().double()  # (tokens, C)
         is_active = mu.var(0) > 0.01  # (C,)
@@ -427,8 +429,8 @@ class TextDiT(nn.Module):
     def times(self, u):
         """Probabilities u in [0, 1] -> quantiles of a logit-normal distribution (3.1 of [SD3]).
         Training draws u at random. The sampler takes equal steps in u, so its steps are small where
-        the network was trained most (section 3.2 of [TextLDM]). The ends are long: with t_mean 0.8
-        and t_std 1 the last of 20 steps goes from 0.30 to 0."""
+        the network was trained most (section 3.2 of [TextLDM]). u = 0 and 1 give exactly t = 0 and
+        1. With t_mean 0.8 and t_std 1 the last of 20 steps is long: from t = 0.30 to 0."""
         normal = 2**0.5 * torch.erfinv(2 * u - 1)
         return torch.sigmoid(self.config.t_mean + self.config.t_std * normal)
 
@@ -478,7 +480,7 @@ class TextDiT(nn.Module):
             return z_t - t * output  # z_t - t v, as z_t = z_0 + t v
         # E[z_0 | z_t] is the sum over tokens of p(token | z_t) E[z_0 | token, z_t]. We take
         # E[z_0 | token] for the last factor, as [CDCD] takes embeddings ("score interpolation").
-        # So without guidance samples end among these.
+        # So without guidance a sample ends in their convex hull.
         logits = output / max(temperature, 1e-4)  # (..., V)
         # in fp32, because guidance takes differences of estimates
         with torch.autocast(output.device.type, enabled=False):
@@ -526,8 +528,8 @@ def flow_loss(dit, batch, z_0, generator):
     is_dropped = u[1] < dit.config.context_drop
     is_hidden = is_dropped[:, None] & (batch.segment == CONTEXT)  # (B, N)
     z_0 = z_0.masked_fill(is_hidden[..., None], 0)
-    half = (B + 1) // 2  # of the rows get a guess
-    loss, _, _, _ = denoising_loss(dit, batch, z_0, t, eps, n_guess=half)
+    n_guess = (B + 1) // 2  # half of the rows
+    loss, _, _, _ = denoising_loss(dit, batch, z_0, t, eps, n_guess)
     weight = batch.weight.flatten()[batch.targets]  # (T,)
     return weighted_mean(loss, weight)
 
@@ -543,18 +545,18 @@ class Sampling:
 
 def guided_estimate(dit, z, t, guess, segment, sampling):
     """Classifier-free guidance [CFG]: e_u + w (e_c - e_u), where e_c (B, N, C) is the estimate of
-    z_0 with context and e_u the one without, for rows z (B, N, C) at a scalar time t. The
-    velocity is affine in the estimate, so this guides it.
-    deviation: where the DiT predicts tokens, e_u gets no guess either, so guidance also amplifies
-    what the guess adds, even without a prompt [ELF]. There e_c and e_u are means of latents of
-    tokens, which bounds both. Elsewhere nothing does: LDLM repeats words at w = 3."""
+    z_0 with context and e_u the one without, for rows z (B, N, C) at a scalar time t. (The w of
+    [CFG] is one less.) The velocity is affine in the estimate, so this guides it.
+    Ours, where the DiT predicts tokens: e_u gets no guess either. So w scales what the guess adds,
+    too, and also guides a row without a prompt [ELF]. Here e_c and e_u lie in the hull of the
+    tokens' latents. LDLM's do not, and would run away (docs/results.md): there e_u is told."""
     w = sampling.cfg_scale
     is_guided = w != 1
     if is_guided:  # copy 2 has no context
         is_target = (segment == TARGET)[..., None]
         z = torch.cat((z, torch.where(is_target, z, 0.0)))  # (2 B, N, C)
-        of_copy_2 = torch.zeros_like(guess) if dit.config.predict_tokens else guess
-        guess = torch.cat((guess, of_copy_2))
+        guess_u = torch.zeros_like(guess) if dit.config.predict_tokens else guess
+        guess = torch.cat((guess, guess_u))
         segment = segment.repeat(2, 1)
     mask = (segment != PADDING)[:, None, None]
     output = dit(z, segment, t.expand(len(z)), guess, mask)
@@ -568,8 +570,8 @@ def guided_estimate(dit, z, t, guess, segment, sampling):
 def denoise(dit, z, segment, sampling, callback=None):
     """Euler's method from t = 1 to t = 0. z (B, N, C) holds the latents of the context and noise
     for the target. Returns z with the latents of the target: the estimate of the last step.
-    callback(t, guess) sees the time that each step reaches, and its estimate, which is also the
-    next step's guess."""
+    The estimate of a step is the next step's guess. (In training a guess is not guided, and is of
+    the same t.) callback(t_next, guess) sees it, and the time that the step reaches."""
     u = torch.linspace(1, 0, sampling.steps + 1)
     times = dit.times(u).to(z.device)  # (steps + 1,)
     is_target = (segment == TARGET)[..., None]
@@ -614,9 +616,8 @@ def texts_of(tokens, segment, end_of_text):
 
 def row_seeds(prompts, seed):
     """A seed for each row: a hash of `seed`, its prompt, and how many equal prompts stand before
-    it. So a text does not depend on the rows beside it. A list of seeds is returned as it is.
-    torch's CPU generators use 32 bits of a seed. So two rows share their noise with probability
-    2**-32: among 1,000 prompts this happens once in about 8,600 runs."""
+    it. So a text does not depend on other prompts. A list of seeds comes back as it is. They have
+    32 bits, as torch's CPU generators use no more: of many rows two may share their noise."""
     if not isinstance(seed, int):
         return list(seed)
     seeds = []
@@ -629,7 +630,7 @@ def row_seeds(prompts, seed):
     return seeds
 
 
-def noisy_rows(vae, dit, prompts, length=0, seed=0):
+def noisy_rows(vae, dit, prompts, length=0, sampling=Sampling()):
     """What the sampler starts from: z (B, N, C), the latents of the prompts and noise for what
     follows them, and the segment (B, N). The noise of a row is from a CPU generator of its own, so
     neither the device nor other rows change it."""
@@ -637,11 +638,11 @@ def noisy_rows(vae, dit, prompts, length=0, seed=0):
     rows = rows_of(prompts, length, config.block_size, config.end_of_text)
     tokens, segment = (x.to(device) for x in rows)  # (B, N) each
     z = vae.latents(tokens, segment)  # (B, N, C)
-    for i, row_seed in enumerate(row_seeds(prompts, seed)):
-        generator = torch.Generator().manual_seed(row_seed)
-        is_target = segment[i] == TARGET  # (N,)
-        eps = torch.randn(int(is_target.sum()), config.channels, generator=generator)
-        z[i, is_target] = eps.to(device)
+    seeds = row_seeds(prompts, sampling.seed)
+    for row, kind, seed in zip(z, segment, seeds, strict=True):
+        generator = torch.Generator().manual_seed(seed)
+        n = int((kind == TARGET).sum())
+        row[kind == TARGET] = torch.randn(n, config.channels, generator=generator).to(device)
     return z, segment
 
 
@@ -649,9 +650,8 @@ def noisy_rows(vae, dit, prompts, length=0, seed=0):
 def continue_texts(vae, dit, prompts, length=0, sampling=Sampling(), callback=None):
     """Continues each prompt (a list of ids, maybe empty) by up to `length` tokens, or to the end of
     a row of block_size. Returns lists of ids, with the end-of-text token where a text ended.
-    callback(t, texts) sees what the estimate of each step decodes to, and the time t that the step
-    reaches."""
-    z, segment = noisy_rows(vae, dit, prompts, length, sampling.seed)  # (B, N, C), (B, N)
+    callback(t, texts) sees what the estimate of each step decodes to; see `denoise`."""
+    z, segment = noisy_rows(vae, dit, prompts, length, sampling)  # (B, N, C), (B, N)
 
     def decode(z):
         tokens = vae.to_tokens(z, segment)

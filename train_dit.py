@@ -50,7 +50,7 @@ from textldm import (
 @dataclass
 class DiTStage:
     vae: str = option("", "checkpoint of stage 1 (OUT/vae.pt)")
-    from_decoder: bool = option(False, "initialise blocks from the VAE decoder's, if of their width")
+    from_decoder: bool = option(False, "blocks start as the VAE decoder's, if of their width")
 
 
 def weight_of(batch):

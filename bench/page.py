@@ -154,7 +154,8 @@ def main():
         seeds = writer.seeds([prompt], options.seed)  # as sample.py makes the noise
         sampling = Sampling(options.steps, options.cfg, options.temperature, seeds)
         with autocast:
-            (whole,) = writer.complete([prompt], sampling)
+            (completion,) = writer.complete([prompt], sampling)
+            whole = [*prompt, *completion]
             steps = denoised(writer, vae, dit, whole, sampling)
             tokens = written_by_gpt(gpt, whole, sampling, writer.encoding)
         runs.append(dict(prompt=writer.encoding.decode(whole), steps=steps, gpt=tokens))

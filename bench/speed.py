@@ -849,8 +849,11 @@ def presets(V):
 
 def needs_of(net, loss_of, autocast, bytes_per_parameter):
     """What a network needs in training. loss_of(batch) is its loss, a scalar."""
-    held_1, flops = bytes_and_flops(net, loss_of, autocast, 1)
+    held_1, _ = bytes_and_flops(net, loss_of, autocast, 1)
     held_2, _ = bytes_and_flops(net, loss_of, autocast, 2)
+    torch.backends.cuda.enable_flash_sdp(False)  # of the CPU's the counter counts nothing
+    _, flops = bytes_and_flops(net, loss_of, autocast, 1)
+    torch.backends.cuda.enable_flash_sdp(True)
     parameters = sum(p.numel() for p in net.parameters())
     return dict(
         parameters=f"{parameters / 1e6:.0f}M",

@@ -41,8 +41,8 @@ class TrainConfig:
 
 # The size of all networks on a laptop.
 TINY = dict(n_layer=4, n_head=3, n_embd=96, block_size=64)
-# The schedule of the paper's sizes. A step has at most 786,432 tokens, in micro-batches that fit one
-# GPU, and 589,824 on average, because rows are cut at random (Run.draw).
+# The schedule of the paper's sizes, in micro-batches that fit one GPU. A step has at most 786,432
+# tokens, and 589,824 on average, because rows are cut at random (Run.draw).
 PAPER_SCHEDULE = dict(
     max_steps=200_000,
     batch_size=16,

@@ -42,9 +42,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x, dtype):
-    """For each matrix of x (K, n, m) roughly the nearest orthogonal one, by five steps of Newton and
-    Schulz. Muon's coefficients raise small singular values fast, to at most 1.2. Those of wide or
-    tall gaussian matrices end above 0.68. Square ones have values near 0, which stay behind: the
+    """For each matrix of x (K, n, m) roughly the nearest orthogonal one, by five steps of Newton
+    and Schulz. Muon's coefficients raise small singular values fast, to at most 1.2. Those of wide
+    or tall gaussian matrices end above 0.68. Square ones have values near 0, which stay behind: the
     smallest of a 768 x 768 one ends near 0.01."""
     is_tall = x.shape[1] > x.shape[2]
     y = x.mT if is_tall else x

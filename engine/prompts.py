@@ -41,8 +41,8 @@ class Prompt(list):
 
 def make_prompts(encoding, texts, room, can_complete):
     """Strings as Prompts. `rest` is the white space at the end of a string or, if there is none and
-    the model can complete words, its last piece, as GPT-2 cuts text into pieces. So no token of a
-    Prompt ends where only its string ends.
+    the model can complete words, its last piece, as GPT-2 cuts text into pieces. So each id of a
+    Prompt is one that a longer text has there too.
 
     The beginnings of those with more than `room` tokens are cut off, with a warning. Raises
     UserError where tiktoken cannot encode a string."""
@@ -56,7 +56,7 @@ def make_prompts(encoding, texts, room, can_complete):
             kept = "".join(regex.findall(GPT2_SPLIT, text)[:-1])
         ids, end = encode(encoding, kept), encode(encoding, text[len(kept) :])
         ids = fit(ids + end, room, number)
-        end = end[-room:]
+        end = end[-room:]  # a cut may reach into it
         prompt = Prompt(ids[: len(ids) - len(end)])
         prompt.rest = encoding.decode_bytes(end)
         prompts.append(prompt)

@@ -191,6 +191,16 @@ def test_a_system_is_reported_at_a_setting_of_its_frontier(judged):
     assert text.count("| gpt |") == 2
 
 
+def test_texts_do_not_depend_on_how_many_are_written_at_once(judged, tmp_path):
+    folder, _, report, _ = judged
+    out = folder / "out"
+    options = [f"--systems=real,gpt=gpt:{out / 'gpt.pt'}", "--batch_size=7"]
+    judge(folder, "--out", tmp_path, "--evaluator", out / "evaluator/gpt.pt", *options)
+    texts = json.loads((tmp_path / "eval.json").read_text())["texts"]["gpt"]["texts"]
+    same = sum(a == b for a, b in zip(texts, report["texts"]["gpt"]["texts"]))
+    assert same >= 0.95 * len(texts), "up to rounding"
+
+
 def test_whole_documents_are_judged_too(judged, tmp_path):
     folder = judged[0]
     out = folder / "out"

@@ -49,8 +49,8 @@ def completed(writer, text):
     """The prompt that the page shows for a text: its last word completed; and how it is sampled."""
     prompts = writer.encode([text])
     sampling = Sampling(STEPS, 3, 0.7, writer.seeds(prompts, 4))
-    (whole,) = writer.complete(prompts, sampling)
-    return whole, sampling
+    (completion,) = writer.complete(prompts, sampling)
+    return [*prompts[0], *completion], sampling
 
 
 def test_its_last_step_is_what_the_models_write(page, random_out):
@@ -100,7 +100,7 @@ def test_probabilities_are_those_of_the_models(page, random_out):
         expected = [p[len(prompt) + i, token].item() for i, token in enumerate(text)]
         assert [p for _, p, _ in run["gpt"]] == pytest.approx(expected, abs=1e-4)
 
-        z, segment = noisy_rows(vae, dit, [prompt], 0, sampling.seed)
+        z, segment = noisy_rows(vae, dit, [prompt], 0, sampling)
         p = dit(z, segment, torch.ones(1), 0 * z)[0, len(prompt) :].float().softmax(-1)
         best = p.max(-1).values
     first = run["steps"][1]["tokens"]

@@ -83,7 +83,10 @@ def writer_with(encoding, logits):
     return writer
 
 
-@pytest.mark.parametrize("text", ["greek small letter", "greek al", "greek ", "gre", "caf", " ", "☕"])
+ENDS = ["greek small letter", "greek al", "greek ", "gre", "caf", " ", "☕"]
+
+
+@pytest.mark.parametrize("text", ENDS)
 def test_whatever_a_model_would_rather_write_its_text_goes_on_as_it_was_typed(encoding, text):
     """Here it likes a new token in each place, fitting or not."""
     for seed in range(20):
@@ -94,8 +97,8 @@ def test_whatever_a_model_would_rather_write_its_text_goes_on_as_it_was_typed(en
 
         writer = writer_with(encoding, logits)
         prompts = writer.encode([text])
-        (whole,) = writer.complete(prompts, Sampling(seed=[seed]))
-        written = encoding.decode_bytes(whole)
+        (completion,) = writer.complete(prompts, Sampling(seed=[seed]))
+        written = encoding.decode_bytes([*prompts[0], *completion])
         assert written.startswith(text.encode())
         generator.manual_seed(seed)  # it likes the same tokens again
         (ids,) = writer.write(prompts, 0, Sampling(seed=[seed]))
@@ -118,7 +121,7 @@ def test_a_completed_word_is_drawn_as_often_as_the_model_says(encoding):
         prompts = writer.encode(["greek al"] * 600)
         sampling = Sampling(temperature=temperature, seed=writer.seeds(prompts, 0))
         completed = writer.complete(prompts, sampling)
-        first = [whole[len(prompts[0])] for whole in completed]
+        first = [completion[0] for completion in completed]
         assert set(first) == set(tokens[:2])
         assert first.count(tokens[1]) / 600 == pytest.approx(share, abs=0.06)
 
@@ -135,8 +138,9 @@ def test_each_kind_goes_on_as_a_prompt_was_typed(random_models, sample, kind, te
     writer = writer_of(random_models[kind])
     (prompt,) = writer.encode([text], 6)
     assert bool(prompt.rest) == (kind != "ldlm" or text.endswith(" "))
-    (whole,) = writer.complete([prompt], Sampling(3, 3.0, 0.7, [0]))
-    is_completed = writer.encoding.decode_bytes(whole).startswith(text.encode())
+    (completion,) = writer.complete([prompt], Sampling(3, 3.0, 0.7, [0]))
+    whole = writer.encoding.decode_bytes([*prompt, *completion])
+    is_completed = whole.startswith(text.encode())
     assert is_completed == (kind != "ldlm" or not text.endswith(" "))
 
 
@@ -208,3 +212,20 @@ def test_a_text_depends_on_its_prompt_its_number_and_the_seed(
     assert texts(["greek"], "--n=2") == [together[0], together[3]]
     assert texts([some[4], some[1], some[0]]) == [together[4], together[1], together[0]]
     assert texts(some, "--seed=1") != together
+
+
+@pytest.mark.parametrize("kind", ["gpt", "dit", "masked", "cola_dlm"])
+@pytest.mark.parametrize("length", [0, 3])
+def test_a_completion_of_many_tokens_leaves_room_for_the_text(random_models, kind, length):
+    """Here each byte of a long word becomes a token, which is more than was taken off."""
+    writer = writer_of(random_models[kind])
+    bytes_alone = torch.tensor([len(token) == 1 for token in writer.token_bytes] + [False])
+
+    def only_bytes(prompts, sampling):
+        assert all(len(prompt) < writer.block_size for prompt in prompts)
+        return torch.zeros(len(prompts), len(bytes_alone)).masked_fill(~bytes_alone, -1e9)
+
+    writer.first_logits = only_bytes
+    (prompt,) = writer.encode([" greek small letter" * 9 + " ☕☕☕☕☕☕☕☕☕☕"], length)
+    (ids,) = writer.write([prompt], length, Sampling(3, seed=[0]))
+    assert 1 <= len(ids) <= max(length, writer.block_size)

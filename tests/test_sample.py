@@ -3,9 +3,11 @@
 import contextlib
 import io
 import json
+import math
 import re
 import shutil
 import sys
+from dataclasses import fields
 
 import pytest
 import torch
@@ -13,10 +15,14 @@ import torch
 import engine.animation
 import engine.loop
 import variants.writers
+from bench.evaluate import EvalConfig
+from bench.page import PageConfig
 from engine.checkpoint import load_checkpoint, write_whole
+from engine.config import TrainConfig, make_config
 from engine.corpus import GPT2, Corpus, load_encoding
 from engine.animation import Side
-from sample import Printer, show_steps
+from engine.script import UserError
+from sample import Printer, SampleConfig, show_steps
 from tests.helpers import (
     randomised,
     ROOT,
@@ -29,7 +35,9 @@ from tests.helpers import (
     script,
     train,
 )
-from textldm import Sampling, row_seeds
+from textldm import DiTConfig, Sampling, TransformerConfig, VAEConfig, row_seeds
+from variants.cola_dlm import ColaConfig
+from variants.ldlm import LDLMConfig
 from variants.writers import load_writer
 
 TRAINING = [
@@ -386,12 +394,54 @@ def test_end_of_texts_are_line_ends_within_a_text_and_nothing_at_its_end(home):
         ("--batch_size=1.5", "argument"),
         ("--learning_rate=nan", "--learning_rate"),
         ("--n_embd=91", "is not a multiple"),
+        ("--n_head=0", "--n_head"),
+        ("--batch_size=1000000000000000000", "--batch_size"),
+        ("--learning_rate=inf", "--learning_rate"),
+        ("--learning_rate=1e308", "--learning_rate"),
+        ("--n_embd=2147483640", "out of memory"),
         ("--device=tpu9", "--device"),
     ],
 )
 def test_bad_options_of_training_are_refused(home, capsys, option, words):
     where = ["--data", home / "data", "--out", home / "out"]
     refuse(capsys, words, "train_vae.py", *where, option, keep=home)
+
+
+CONFIGS = [
+    TransformerConfig,
+    VAEConfig,
+    DiTConfig,
+    ColaConfig,
+    LDLMConfig,
+    TrainConfig,
+    SampleConfig,
+    EvalConfig,
+    PageConfig,
+]
+
+
+@pytest.mark.parametrize("config_type", CONFIGS)
+def test_each_number_at_its_limits_is_taken_or_refused_by_its_name(config_type):
+    for f in fields(config_type):
+        low, high = f.metadata.get("low"), f.metadata.get("high")
+        if f.type is int:
+            tried = [0, -1, 10**18]
+        elif f.type is float:
+            tried = [0.0, -1.0, 1e308, math.inf, math.nan]
+        else:
+            continue
+        for value in tried:
+            values = {f.name: value}
+            is_below = low is not None and value < low or f.type is int and value < 0
+            is_above = high is not None and value > high or value > 1e17
+            if is_below or is_above or math.isnan(value):
+                with pytest.raises(UserError, match=f"--{f.name}="):
+                    make_config(config_type, values)
+        for value in {low, high} - {None}:
+            try:
+                make_config(config_type, {f.name: f.type(value)})
+            except UserError as error:  # the others do not go with it
+                assert "is not a multiple of" in str(error)
 
 
 @pytest.mark.parametrize("command", TRAINING)

@@ -482,7 +482,7 @@ class VAEStage:
 @dataclass
 class DiTStage:
     vae: str = option("", "checkpoint of the causal VAE (OUT/vae.pt)")
-    from_decoder: bool = option(False, "initialise blocks from the VAE decoder's, if of their width")
+    from_decoder: bool = option(False, "blocks start as the VAE decoder's, if of their width")
 
 
 def weight_of(batch):

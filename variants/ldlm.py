@@ -70,7 +70,7 @@ OURS_HERE["decoder_noise"] = 1.5  # the paper's 3 is for longer training
 
 @dataclass
 class LDLMConfig(DiTConfig):
-    channels: int = option(192, "C, channels of a latent", 1)
+    channels: int = option(192, "C, channels of a latent; one alone would always be 0", 2)
     coder_layers: int = option(2, "blocks of encoder, decoder and token decoder, each", 1, 999)
     predict_tokens: bool = False  # not an option: the mean latent of a token would move
     adaptive_times: bool = option(True, "times that spread the loss evenly, not logit-normal")

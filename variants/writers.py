@@ -94,13 +94,16 @@ class Writer:
         """Continues Prompts, or lists of ids, as they were typed: what a text repeats of `rest` is
         taken off. Returns lists of ids. keep: see variants/parts.py."""
         sampling = replace(sampling, seed=self.seeds(prompts, sampling.seed))
-        whole = self.complete(prompts, sampling)
+        completions = self.complete(prompts, sampling)
+        # A completion may have more tokens than what it completes. The row still has room.
+        room = self.block_size - (self.block or length or 1)
+        whole = [[*prompt, *new][-room:] for prompt, new in zip(prompts, completions)]
 
         def typed(texts):
             """What follows each prompt as it was typed."""
             found = []
-            for prompt, ids, text in zip(prompts, whole, texts):
-                found.append(self.without(ids[len(prompt) :] + text, rest_of(prompt)))
+            for prompt, new, text in zip(prompts, completions, texts):
+                found.append(self.without(new + text, rest_of(prompt)))
             return found
 
         def show(t, texts):
@@ -112,28 +115,29 @@ class Writer:
 
     @torch.no_grad()
     def complete(self, prompts, sampling):
-        """Lists of ids: each prompt, and one or more tokens that begin with its `rest`.
+        """For each prompt the tokens that complete its `rest`: at least one, if it has a rest.
 
         This is token healing (Lundberg 2023, of the library guidance). A prompt that ends inside a
         word ends with a token that no text has there. So its last piece is taken off and drawn
-        again, from p(token) of the tokens that begin with it, or that it begins with. Where a
-        model has no p(token), nothing is added."""
-        whole = [list(prompt) for prompt in prompts]
+        again: token by token, from p(token) at t = 1, of those that begin with it or that it begins
+        with. Where a model has no p(token), nothing is drawn."""
+        found = [[] for _ in prompts]
         rests = [rest_of(prompt) for prompt in prompts]
-        generators = [torch.Generator().manual_seed(seed) for seed in sampling.seed]
+        # Not the numbers that the noise is made of.
+        generators = [torch.Generator().manual_seed(seed ^ 2**31) for seed in sampling.seed]
         while self.first_logits and any(rests):
             rows = [i for i, rest in enumerate(rests) if rest]
             fitting = {rest: self.fitting(rest) for rest in set(rests)}
-            some = [whole[i][1 - self.block_size :] for i in rows]
+            some = [[*prompts[i], *found[i]][1 - self.block_size :] for i in rows]
             of_rows = replace(sampling, seed=[sampling.seed[i] for i in rows])
-            logits = self.first_logits(some, of_rows).float().cpu()
+            logits = self.first_logits(some, of_rows).float().cpu()  # (len(rows), V)
             for i, row in zip(rows, logits):
                 row = row.masked_fill(~fitting[rests[i]], -torch.inf)
                 p = (row / max(sampling.temperature, 1e-4)).softmax(-1)
                 token = p.multinomial(1, generator=generators[i]).item()
-                whole[i].append(token)
+                found[i].append(token)
                 rests[i] = rests[i][len(self.token_bytes[token]) :]
-        return whole
+        return found
 
     def fitting(self, rest):
         """(V,): whether each token begins with these bytes, or they with it."""
@@ -141,8 +145,8 @@ class Writer:
         return torch.tensor([*fits, False])  # the last token is the end of a text
 
     def without(self, ids, rest):
-        """ids without those bytes of rest with which they begin. What is left of a token that has
-        more is cut into tokens again."""
+        """ids without those bytes of rest with which they begin. A token that has more leaves its
+        other bytes, each as a token."""
         ids = list(ids)
         while rest and ids and ids[0] < len(self.token_bytes):
             token = self.token_bytes[ids[0]]
@@ -225,7 +229,7 @@ def diffusion_writer(kind, vae, dit, tokenizer):
             places = [0 for _ in prompts]
         else:
             net = dit
-            z, segment = noisy_rows(vae, dit, prompts, 0, sampling.seed)  # (B, N, C), (B, N)
+            z, segment = noisy_rows(vae, dit, prompts, 0, sampling)  # (B, N, C), (B, N)
             places = [len(prompt) for prompt in prompts]
         t, guess = torch.ones((), device=z.device), torch.zeros_like(z)
         logits = guided_estimate(InLogits(net), z, t, guess, segment, sampling)  # (B, N, V)
