@@ -635,15 +635,15 @@ def noisy_rows(vae, dit, prompts, length=0, sampling=Sampling()):
     follows them, and the segment (B, N). The noise of a row is from a CPU generator of its own, so
     neither the device nor other rows change it."""
     config, device = dit.config, dit.from_latent.weight.device
-    rows = rows_of(prompts, length, config.block_size, config.end_of_text)
-    tokens, segment = (x.to(device) for x in rows)  # (B, N) each
-    z = vae.latents(tokens, segment)  # (B, N, C)
-    seeds = row_seeds(prompts, sampling.seed)
-    for row, kind, seed in zip(z, segment, seeds, strict=True):
-        generator = torch.Generator().manual_seed(seed)
+    tokens, segment = rows_of(prompts, length, config.block_size, config.end_of_text)  # (B, N)
+    is_target = (segment == TARGET)[..., None]
+    eps = torch.zeros(*segment.shape, config.channels)  # (B, N, C)
+    for row, kind, seed in zip(eps, segment, row_seeds(prompts, sampling.seed), strict=True):
         n = int((kind == TARGET).sum())
-        row[kind == TARGET] = torch.randn(n, config.channels, generator=generator).to(device)
-    return z, segment
+        generator = torch.Generator().manual_seed(seed)
+        row[kind == TARGET] = torch.randn(n, config.channels, generator=generator)
+    tokens, segment, is_target, eps = (x.to(device) for x in (tokens, segment, is_target, eps))
+    return torch.where(is_target, eps, vae.latents(tokens, segment)), segment
 
 
 @torch.no_grad()
