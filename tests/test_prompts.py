@@ -108,7 +108,7 @@ def test_whatever_a_model_would_rather_write_its_text_goes_on_as_it_was_typed(en
 
 def test_a_completed_word_is_drawn_as_often_as_the_model_says(encoding):
     """Among those tokens that fit, at the temperature of the text."""
-    tokens = [encoding.encode_single_token(word) for word in (b" a", b" ", b"x")]
+    tokens = [encoding.encode_single_token(word) for word in (b" a", b" alpha", b"x")]
     p = torch.tensor([0.2, 0.1, 0.7])
 
     def logits(prompt):

@@ -119,8 +119,8 @@ class Writer:
 
         This is token healing (Lundberg 2023, of the library guidance). A prompt that ends inside a
         word ends with a token that no text has there. So its last piece is taken off and drawn
-        again: token by token, from p(token) at t = 1, of those that begin with it or that it begins
-        with. Where a model has no p(token), nothing is drawn."""
+        again: token by token, from p(token) at t = 1, of those that `fitting` says. Where a model
+        has no p(token), nothing is drawn."""
         found = [[] for _ in prompts]
         rests = [rest_of(prompt) for prompt in prompts]
         # Not the numbers that the noise is made of.
@@ -140,8 +140,11 @@ class Writer:
         return found
 
     def fitting(self, rest):
-        """(V,): whether each token begins with these bytes, or they with it."""
-        fits = [token.startswith(rest) or rest.startswith(token) for token in self.token_bytes]
+        """(V,): the tokens that begin with these bytes, and of those with which these bytes begin
+        the longest. (Shorter ones are likely for what they begin elsewhere.)"""
+        fits = [token.startswith(rest) for token in self.token_bytes]
+        shorter = [i for i, token in enumerate(self.token_bytes) if rest.startswith(token)]
+        fits[max(shorter, key=lambda i: len(self.token_bytes[i]))] = True
         return torch.tensor([*fits, False])  # the last token is the end of a text
 
     def without(self, ids, rest):
