@@ -220,8 +220,6 @@ def trace(plt, options):
     lines = []
     for t, text in re.findall(r"^t=(\S+)  (.*)$", done.stdout, re.M):
         lines.append((t, ast.literal_eval(text)))
-    last = done.stdout.rstrip("\n").split("\n")[-1]
-    lines.append(("0", last.split("|", 1)[1]))
     picture = Trace(plt, options.prompt, lines)
     picture.animate(folder_of(options) / "trace.gif")
     return picture.draw(len(lines))
