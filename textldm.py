@@ -20,7 +20,7 @@ Shapes   B rows in a batch     N tokens in a row       V tokens in the vocabular
 Time     t = 1 is noise and t = 0 is data. The path between them is straight:
          z_t = (1 - t) z_0 + t eps. Its velocity is dz_t/dt = eps - z_0.
 Latents  TextVAE computes with raw ones. Its method `latents` returns, and `to_tokens` takes,
-         standardised ones: channels have mean 0 and standard deviation 1. Others see only those.
+         standardised ones: active channels have mean 0 and std 1. Others see only those.
 Recipe   Defaults in this file are the paper's where it states a value; depth and width are our
          choice. The scripts run smaller networks, with the departures in the dict OURS, and sample
          otherwise: docs/deviations.md has a table of the values that run.
@@ -548,8 +548,8 @@ def guided_estimate(dit, z, t, guess, segment, sampling):
     z_0 with context and e_u the one without, for rows z (B, N, C) at a scalar time t. (The w of
     [CFG] is one less.) The velocity is affine in the estimate, so this guides it.
     Ours, where the DiT predicts tokens: e_u gets no guess either. So w scales what the guess adds,
-    too, and also guides a row without a prompt [ELF]. Here e_c and e_u lie in the hull of the
-    tokens' latents. LDLM's do not, and would run away (docs/results.md): there e_u is told."""
+    too, and also guides a row without a prompt [ELF]. Here e_c and e_u are means of latents of
+    tokens, so both are bounded. LDLM's are not, and would run away: there e_u gets the guess."""
     w = sampling.cfg_scale
     is_guided = w != 1
     if is_guided:  # copy 2 has no context
@@ -616,8 +616,8 @@ def texts_of(tokens, segment, end_of_text):
 
 def row_seeds(prompts, seed):
     """A seed for each row: a hash of `seed`, its prompt, and how many equal prompts stand before
-    it. So a text does not depend on other prompts. A list of seeds comes back as it is. They have
-    32 bits, as torch's CPU generators use no more: of many rows two may share their noise."""
+    it. So a text does not depend on other prompts. `seed` may be a list, with one for each row.
+    They have 32 bits, as torch's CPU generators use no more: of many rows two may share noise."""
     if not isinstance(seed, int):
         return list(seed)
     seeds = []

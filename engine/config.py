@@ -80,7 +80,7 @@ def check(config_type, values):
             low = 0 if low is None else low
             high = 2**31 if high is None else high
         if f.type is float:
-            high = 1e30 if high is None else high  # fp32 ends at 3e38
+            high = 1e38 if high is None else high  # fp32 ends at 3e38
         fits = type(value) is f.type
         fits = fits and (f.type is not float or math.isfinite(value))
         fits = fits and (low is None or value >= low)

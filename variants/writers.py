@@ -127,7 +127,7 @@ class Writer:
         generators = [torch.Generator().manual_seed(seed ^ 2**31) for seed in sampling.seed]
         while self.first_logits and any(rests):
             rows = [i for i, rest in enumerate(rests) if rest]
-            fitting = {rest: self.fitting(rest) for rest in set(rests)}
+            fitting = {rest: self.fitting(rest) for rest in set(rests) if rest}
             some = [[*prompts[i], *found[i]][1 - self.block_size :] for i in rows]
             of_rows = replace(sampling, seed=[sampling.seed[i] for i in rows])
             logits = self.first_logits(some, of_rows).float().cpu()  # (len(rows), V)
