@@ -6,8 +6,8 @@
 #     with numpy's AVX2 or AVX-512 sort      0.75
 #     without (NPY_DISABLE_CPU_FEATURES)     1.0
 #
-# If both histograms are equal and the logarithms are exact (here each cluster has a quarter, a half
-# or all of the points), each inner point of the divergence curve is exactly (1, 1). The ends are
+# If both histograms are equal and the divergences come out as exactly 0 (as here, with shares of a
+# quarter, a half or all), each inner point of the divergence curve is exactly (1, 1). The ends are
 # (1, 0) and (0, 1). compute_mauve sorts the curve by x, and again by y, with np.argsort, and takes
 # the area. Of equal keys argsort keeps no order, so the end (1, 0) may come to stand among or behind
 # the points (1, 1). Then a triangle is missing. Which order comes out depends on the sort that numpy
