@@ -88,7 +88,7 @@ def check(config_type, values):
         if not fits:
             wanted = f.type.__name__
             if f.type in (int, float):
-                wanted += f" from {low} to {'any' if high is None else high}"
+                wanted += f" from {low} to {high}"
             raise UserError(f"--{f.name}={value!r}: expected {wanted}")
 
 
