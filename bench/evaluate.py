@@ -67,8 +67,9 @@ from engine.checkpoint import build, load_gpt_state, write_whole
 from engine.config import command_line
 from engine.corpus import Corpus, encode
 from engine.prompts import fit, read_lines, room_for_prompts
-from engine.loop import pick_device
-from engine.script import UserError, run_script
+from engine.terminal import pick_device
+from engine.config import UserError
+from engine.terminal import run_script
 from textldm import GPT, TransformerConfig, option, row_seeds
 
 

@@ -36,7 +36,7 @@ import torch
 
 import engine.loop
 from engine.checkpoint import load_checkpoint
-from engine.script import run_script
+from engine.terminal import run_script
 
 SMALL = [
     "--n_layer=1",

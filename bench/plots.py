@@ -36,8 +36,9 @@ from bench.metrics import curves_of, running
 from engine.checkpoint import build, load_checkpoint
 from engine.config import command_line
 from engine.corpus import Corpus
-from engine.loop import pick_device
-from engine.script import UserError, run_script
+from engine.terminal import pick_device
+from engine.config import UserError
+from engine.terminal import run_script
 from textldm import TextVAE, VAEConfig, option
 from variants.cola_dlm import CausalVAE
 

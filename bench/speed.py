@@ -49,7 +49,8 @@ from engine.checkpoint import write_whole
 from engine.config import DIT_PRESETS, VAE_PRESETS, TrainConfig, command_line
 from engine.corpus import Corpus, encode, load_encoding, to_device
 from engine.loop import Run, pick_device
-from engine.script import UserError, run_script
+from engine.config import UserError
+from engine.terminal import run_script
 from textldm import (
     GPT,
     OURS,

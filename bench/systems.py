@@ -12,7 +12,7 @@ from baselines.gpt import generate
 from engine.checkpoint import build, load_checkpoint, load_gpt_state
 from engine.corpus import Corpus, encode
 from engine.prompts import read_lines
-from engine.script import UserError
+from engine.config import UserError
 from textldm import GPT, Sampling, TransformerConfig
 from variants.writers import load_writer
 

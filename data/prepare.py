@@ -42,7 +42,8 @@ from data.embedded import EMBEDDED
 from data.reading import OUTPUTS, Reader, plural
 from engine.checkpoint import temporary_path
 from engine.corpus import GPT2, load_encoding
-from engine.script import UserError, lock, run_script
+from engine.config import UserError
+from engine.terminal import lock, run_script
 
 SMALL = 100 << 20  # characters. A text of up to this size gets a BPE of its own.
 FEW = 100  # documents. So few are not divided by their hashes.

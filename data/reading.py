@@ -25,7 +25,7 @@ from collections import Counter, defaultdict
 from tqdm import tqdm
 from tqdm.utils import CallbackIOWrapper
 
-from engine.script import UserError
+from engine.config import UserError
 
 PIECE = 1 << 20  # characters of text in a piece of a document
 READ = 1 << 16  # bytes per read

@@ -22,7 +22,7 @@ from data.advice import next_commands
 from data.bpe import train_bpe
 from data.embedded import is_prose, names
 from engine.corpus import Corpus, load_encoding
-from engine.script import UserError
+from engine.config import UserError
 from tests.helpers import DOCUMENTS, ROOT, load, refuse, run_module, script, write_jsonl
 from textldm import CONTEXT, TAIL_WEIGHT, TARGET
 

@@ -36,7 +36,7 @@ from engine.corpus import Corpus
 from engine.evaluation import rows_with_other_contexts
 from engine.loop import Run, minutes, pick_dtype, recompute_blocks, set_learning_rate
 from engine.muon import Muon, make_optimizers, orthogonal
-from engine.script import UserError
+from engine.config import UserError
 from engine.statistics import feature_statistics
 from tests.helpers import (
     ROOT,
@@ -1524,7 +1524,7 @@ import torch.distributed as dist
 
 from engine.corpus import Corpus
 from engine.loop import Run
-from engine.script import UserError
+from engine.config import UserError
 from tests.helpers import few_fixed_batches, load, run_module
 
 Corpus.fixed_batches = few_fixed_batches

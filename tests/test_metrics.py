@@ -12,7 +12,7 @@ import torch
 from bench.evaluate import beginnings_of_words, make_benchmark
 from bench.metrics import bert_score, mauve, repeated, rouge
 from engine.corpus import Corpus
-from engine.script import UserError
+from engine.config import UserError
 from tests.helpers import script
 
 

@@ -16,7 +16,7 @@ import pytest
 
 import data.reading as reading
 from data.reading import SEPARATOR, Reader
-from engine.script import UserError
+from engine.config import UserError
 from tests.helpers import DOCUMENTS
 
 LATIN1 = "schöne grüße\n".encode("latin-1")

@@ -22,7 +22,8 @@ from engine.checkpoint import load_checkpoint, write_whole
 from engine.config import TrainConfig, command_line
 from engine.corpus import Corpus
 from engine.loop import Run, Stopped
-from engine.script import LOCKS, Output, UserError, lock, run_script, unlock_all
+from engine.config import UserError
+from engine.terminal import LOCKS, Output, lock, run_script, unlock_all
 from tests.helpers import (
     ROOT,
     copy_of,

@@ -16,8 +16,6 @@ What it changes of TextLDM:
 Shapes are those of textldm.py. M is the number of blocks of a row.
 """
 
-import copy
-import hashlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,43 +23,30 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from engine.checkpoint import build, copy_blocks, load_checkpoint, load_teacher_state
-from engine.config import DIT_PRESETS, VAE_PRESETS, TrainConfig, command_line
-from engine.corpus import Corpus, shorten_rows
+from engine.checkpoint import build, load_checkpoint
+from engine.config import DIT_PRESETS, TrainConfig, command_line
+from engine.corpus import Corpus
 from engine.evaluation import (
-    evaluate_vae,
     lines_of_samples,
     lines_of_table,
     rows_with_other_contexts,
     table_by_time,
 )
-from engine.loop import (
-    Run,
-    pick_device,
-    pick_dtype,
-    recompute_blocks,
-    set_learning_rate,
-    update_average,
-)
-from engine.muon import make_optimizers
-from engine.script import UserError, run_script
-from engine.statistics import feature_statistics, mean_latents
+from engine.config import UserError
+from engine.terminal import pick_device, run_script
+from engine.train import Stage, train
 from textldm import (
     CONTEXT,
-    GPT,
     OURS,
     TAIL_WEIGHT,
     TARGET,
-    Block,
     DiTConfig,
     Sampling,
     TextDiT,
     TextVAE,
-    TransformerConfig,
     VAEConfig,
     denoise,
     make_batch,
@@ -69,10 +54,11 @@ from textldm import (
     rotate,
     row_seeds,
     same_segment,
-    teacher_features,
     texts_of,
     weighted_mean,
 )
+from train_dit import DiTStage, fit, make_dit
+from train_vae import train_vae, weight_of
 
 # ---- The rows and the VAE ------------------------------------------------------------------------
 
@@ -474,139 +460,42 @@ class BlockEvaluation:
         return numbers, "\n".join(lines)
 
 
-@dataclass
-class VAEStage:
-    teacher: str = option("", "frozen GPT for REPA (OUT/gpt.pt), or none")
-
-
-@dataclass
-class DiTStage:
-    vae: str = option("", "checkpoint of the causal VAE (OUT/vae.pt)")
-    from_decoder: bool = option(False, "blocks start as the VAE decoder's, if of their width")
-
-
-def weight_of(batch):
-    return batch.weight.sum()
-
-
-def train_vae():
-    """As train_vae.py, with rows of one text and a causal VAE."""
-    config, cfg, stage = command_line(
-        __doc__, VAEConfig, TrainConfig, VAEStage, presets=VAE_PRESETS, recipe=OURS
-    )
-    corpus = BlockCorpus(cfg.data, "train", config.block_size)
-    val = BlockCorpus(cfg.data, "val", config.block_size)
-    device, autocast = pick_device(cfg.device, corpus.N)
-    identity = dict(corpus.identity, kind="causal_vae", teacher="none")
-    teacher = None
-    if stage.teacher != "none":
-        state = load_teacher_state(stage.teacher or f"{cfg.out}/gpt.pt", corpus)
-        teacher = build(GPT, TransformerConfig, state).to(device).requires_grad_(False)
-        shorten_rows((corpus, val), teacher.config.block_size - 1, "the teacher")
-        weights = teacher.wte.weight.cpu().numpy().tobytes()
-        identity["teacher"] = hashlib.sha256(weights).hexdigest()
-    config.block_size = corpus.N
-    config.vocab_size = corpus.meta["vocab_size"]
-    training_sample = corpus.fixed_batches(16, device)
-    if teacher is not None:
-        with autocast:
-            mean, std = feature_statistics(teacher, training_sample)
-        config.teacher_embd = len(mean)
-    torch.manual_seed(cfg.seed)
-    vae = CausalVAE(config).to(device)
-    if teacher is not None:
-        vae.teacher_mean, vae.teacher_std = mean, std
-    if cfg.recompute:
-        recompute_blocks(vae, Block)
-    val_batches = val.fixed_batches(4, device)
-
-    def features_of(batch):
-        if teacher is None:
-            return None
-        return teacher_features(teacher, batch.tokens)
-
-    def evaluate():
-        active = vae.standardise(training_sample)  # of the weights as they are now
-        return evaluate_vae(vae, val_batches, features_of, active)
-
-    optimizers = make_optimizers(vae, Block, cfg, pick_dtype(device))
-    run = Run("vae", cfg, vae, vae, optimizers, identity)
-    for step in run.steps(evaluate):
-        learning_rate = run.learning_rate(step)
-        beta = config.beta * min(step / max(config.beta_warmup, 1), 1)
-        for batch, share, generator in run.micro_batches(corpus, weight_of):
-            with run.autocast:
-                losses = run.net(batch, features_of(batch), beta, generator)
-            (losses["loss"] * share).backward()
-            run.add(losses, share)
-        run.sum_gradients()  # of all processes
-        norm = nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        run.require_finite(norm)
-        for optimizer in optimizers:
-            set_learning_rate(optimizer, learning_rate)
-            optimizer.step()
-            optimizer.zero_grad()
-        run.end_step(norm, learning_rate)
-
-
 def train_dit():
     """As train_dit.py, with rows of one text in blocks."""
-    config, cfg, stage = command_line(
+    config, cfg, options = command_line(
         __doc__, ColaConfig, TrainConfig, DiTStage, presets=DIT_PRESETS, recipe=OURS
     )
     corpus = BlockCorpus(cfg.data, "train", config.block_size)
     val = BlockCorpus(cfg.data, "val", config.block_size)
     if cfg.recompute:
         raise UserError("--recompute is for TextLDM and LDLM; lower --batch_size instead")
-    device, autocast = pick_device(cfg.device, corpus.N)
-    path = stage.vae or f"{cfg.out}/vae.pt"
+    device, _ = pick_device(cfg.device, corpus.N)
+    path = options.vae or f"{cfg.out}/vae.pt"
     remedy = "python variants/cola_dlm.py vae makes one"
     state = load_checkpoint(path, "causal_vae", remedy, corpus.tokenizer)
     vae = build(CausalVAE, VAEConfig, state).to(device).requires_grad_(False)
-    shorten_rows((corpus, val), vae.config.block_size, "the VAE")
-    config.block_size = corpus.N
-    config.vocab_size = corpus.meta["vocab_size"]
-    config.channels = vae.config.channels
+    fit(config, vae, (corpus, val))
     if 2 * config.latent_block > config.block_size:
         raise UserError(
             f"--latent_block={config.latent_block} is more than half of a row of "
             f"{config.block_size} tokens; lower it"
         )
     torch.manual_seed(cfg.seed)
-    dit = ColaDiT(config).to(device)
-    if config.predict_tokens:
-        dit.latent_of, unexplained = mean_latents(vae, corpus.fixed_batches(64, device))
-        print(f"a token fixes its latent but for {unexplained:.1%} of its variance")
-    is_same_width = (config.n_embd, config.n_head) == (vae.config.n_embd, vae.config.n_head)
-    if stage.from_decoder and is_same_width:
-        copy_blocks(vae.decoder.h, dit.transformer.h)
-    average = copy.deepcopy(dit).requires_grad_(False)
-    evaluate = BlockEvaluation(vae, val.fixed_batches(1, device)[0], config.latent_block, corpus)
+    dit = make_dit(ColaDiT, config, vae, corpus, options)
+    table = BlockEvaluation(vae, val.fixed_batches(1, device)[0], config.latent_block, corpus)
 
-    optimizers = make_optimizers(dit, Block, cfg, pick_dtype(device))
-    identity = dict(corpus.identity, kind="cola_dlm", vae=vae.z_mean.tolist())
-    run = Run("dit", cfg, dit, average, optimizers, identity)
-    for step in run.steps(lambda: evaluate(average)):
-        learning_rate = run.learning_rate(step)
-        for batch, share, generator in run.micro_batches(corpus, weight_of):
-            with run.autocast:
-                z_0 = vae.latents(batch.tokens, batch.segment)
-                loss = block_flow_loss(run.net, batch, z_0, generator)
-            (loss * share).backward()
-            run.add(dict(loss=loss), share)
-        run.sum_gradients()  # of all processes
-        norm = nn.utils.clip_grad_norm_(dit.parameters(), 1.0)
-        run.require_finite(norm)
-        for optimizer in optimizers:
-            set_learning_rate(optimizer, learning_rate)
-            optimizer.step()
-            optimizer.zero_grad()
-        update_average(average, dit, step)
-        run.end_step(norm, learning_rate)
+    def loss_of(net, batch, generator, step):
+        z_0 = vae.latents(batch.tokens, batch.segment)
+        return dict(loss=block_flow_loss(net, batch, z_0, generator))
+
+    identity = dict(kind="cola_dlm", vae=vae.z_mean.tolist())
+    stage = Stage("dit", cfg, corpus, dit, identity, has_average=True)
+    train(stage, loss_of, weight_of, table)
 
 
 def main():
-    stages = dict(vae=train_vae, dit=train_dit)
+    stages = dict(dit=train_dit)
+    stages["vae"] = lambda: train_vae(__doc__, BlockCorpus, CausalVAE, "causal_vae")
     if sys.argv[1:] in (["--help"], ["-h"]):
         print(__doc__ + "\nOptions: cola_dlm.py vae --help, cola_dlm.py dit --help")
         return
