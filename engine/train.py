@@ -191,7 +191,12 @@ class Run:
         self.stage, self.cfg = stage, stage.cfg
         self.name, self.corpus = stage.name, stage.corpus
         self.device = next(stage.model.parameters()).device
-        _, self.autocast = pick_device(self.cfg.device, stage.model.config.block_size)
+        pick_device(self.cfg.device, stage.model.config.block_size)
+        is_bf16 = pick_dtype(self.device) == torch.bfloat16
+        # Before torch 2.10 a cache would keep weights that were cast without a gradient.
+        self.autocast = torch.autocast(
+            self.device.type, torch.bfloat16, enabled=is_bf16, cache_enabled=False
+        )
         self.rank = int(os.environ.get("RANK", 0))  # torchrun sets these
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         if self.world > 1 and not dist.is_initialized():

@@ -51,7 +51,7 @@ from textldm import (
     denoise,
     make_batch,
     option,
-    rotate,
+    rotary,
     row_seeds,
     same_segment,
     texts_of,
@@ -128,7 +128,7 @@ class History:
 class Layout(NamedTuple):
     """Where the tokens of a pass stand, and whom they see."""
 
-    position: torch.Tensor  # (N,)
+    turn: tuple  # textldm.rotary of the positions
     mask: torch.Tensor  # (N, N), or (B, 1, N, N_past + N) with a history
     time_index: torch.Tensor  # (N,): which of the times t (B, M) a token has
     history: History = None  # of earlier tokens
@@ -143,7 +143,7 @@ class ColaDiT(TextDiT):
         B, M = t.shape
         is_target = segment == TARGET  # (B, N)
         h = self.from_latent(x) + self.segment_emb(is_target.long())  # (B, N, E)
-        if self.config.self_condition:
+        if self.config.self_condition and guess is not None:
             h = h + self.from_guess(guess * is_target[..., None])
         time_emb = None
         if self.config.adaln:
@@ -152,6 +152,9 @@ class ColaDiT(TextDiT):
             h = self.through_block(i, block, h, time_emb, layout)
         h = self.transformer.ln_f(h)
         return self.output(h, places)
+
+    def turn(self, position):
+        return rotary(position, self.transformer.D)
 
     def through_block(self, i, block, x, time_emb, layout):
         """textldm.Block.forward, with a time for each token."""
@@ -168,11 +171,7 @@ class ColaDiT(TextDiT):
 
     def attend(self, i, attn, x, layout):
         """textldm.Attention.forward, with the history of layer i."""
-        B, N, E = x.shape
-        qkv = attn.c_attn(x).view(B, N, 3, attn.n_head, E // attn.n_head)  # (B, N, 3, H, D)
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, N, D)
-        q, k = rotate(qkv[:2], layout.position)
-        v = qkv[2]
+        q, k, v = attn.heads(x, layout.turn)  # (B, H, N, D) each
         history = layout.history
         if history is not None and history.layers[i] is not None:
             past_k, past_v = history.layers[i]
@@ -180,8 +179,7 @@ class ColaDiT(TextDiT):
             v = torch.cat((past_v, v), dim=2)
         if layout.is_kept:
             history.layers[i] = (k[:, :, -history.window :], v[:, :, -history.window :])
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask)
-        return attn.c_proj(y.transpose(1, 2).reshape(B, N, E))
+        return attn.attend(q, k, v, layout.mask)
 
 
 # ---- The loss ------------------------------------------------------------------------------------
@@ -210,7 +208,7 @@ def block_denoising_loss(dit, batch, z_0, context, noise, n_guess=0):
     segment = side.expand(B, -1)  # (B, 2 N)
     t = F.pad(noise.t, (1, 0))  # (B, 1 + M): clean tokens are at t = 0
     layout = Layout(
-        position=torch.arange(N, device=x.device).repeat(2),
+        turn=dit.turn(torch.arange(N, device=x.device).repeat(2)),
         mask=who_sees_whom(side, block),
         time_index=torch.where(side == TARGET, 1 + block, 0),
     )
@@ -221,10 +219,9 @@ def block_denoising_loss(dit, batch, z_0, context, noise, n_guess=0):
         n = n_guess
         with torch.no_grad():
             first = places[: n * N]
-            output = dit(x[:n], segment[:n], t[:n], guess[:n], layout, places=first)
+            output = dit(x[:n], segment[:n], t[:n], None, layout, places=first)
             output = output.view(n, N, -1)
             guess[:n, N:] = dit.estimate(output, z_t[:n], t_of[:n])
-        torch.clear_autocast_cache()  # see textldm.denoising_loss
     output = dit(x, segment, t, guess, layout, places=places)  # (T, V) or (T, C)
 
     def at_targets(x):
@@ -232,7 +229,7 @@ def block_denoising_loss(dit, batch, z_0, context, noise, n_guess=0):
         return x.flatten(0, 1).index_select(0, targets)
 
     z_t, t_of = at_targets(z_t), at_targets(t_of)
-    loss = dit.error(output, at_targets(batch.tokens), at_targets(z_0), at_targets(noise.eps))
+    loss = dit.loss(output, at_targets(batch.tokens), at_targets(z_0), at_targets(noise.eps))
     return loss, output, z_t, t_of
 
 
@@ -350,7 +347,7 @@ class Texts:
         mask = who_sees_whom(segment, (position - self.end) // self.b)  # (L, L)
         mask = (mask & same_segment(in_document))[:, :, -new:]  # (B, 1, new, L)
         layout = Layout(
-            position=position[-new:],
+            turn=self.dit.turn(position[-new:]),
             mask=self.for_guidance(mask),
             time_index=torch.zeros(new, dtype=torch.long, device=device),
             history=self.history,
@@ -359,7 +356,7 @@ class Texts:
         segment = torch.full(x.shape[:2], CONTEXT, device=device)
         t = x.new_zeros(len(x), 1)  # clean
         nothing = position[:0]  # no output is asked for
-        self.dit(x, segment, t, torch.zeros_like(x), layout, places=nothing)
+        self.dit(x, segment, t, None, layout, places=nothing)
 
     def noise(self, in_document):
         """The DiT at the place of the next block, and noise (B, b, C) for it."""
@@ -368,7 +365,7 @@ class Texts:
         in_document = F.pad(in_document[:, -self.window :], (0, b), value=True)
         mask = same_segment(in_document)[:, :, -b:]  # (B, 1, b, window + b)
         layout = Layout(
-            position=torch.arange(self.end, self.end + b, device=device),
+            turn=self.dit.turn(torch.arange(self.end, self.end + b, device=device)),
             mask=self.for_guidance(mask),
             time_index=torch.zeros(b, dtype=torch.long, device=device),
             history=self.history,

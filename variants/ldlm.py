@@ -102,7 +102,7 @@ class LatentDiT(TextDiT):
         # Running means of the loss at 64 even times from 0 to 1, for adaptive times.
         self.register_buffer("loss_at", torch.zeros(64))
 
-    def error(self, output, tokens, z_0, eps):
+    def loss(self, output, tokens, z_0, eps):
         return (output - z_0).square().mean(-1)
 
     def estimate(self, output, z_t, t, temperature=1.0):
