@@ -579,8 +579,9 @@ def guided_estimate(dit, z, t, guess, segment, sampling):
 def denoise(dit, z, segment, sampling, callback=None):
     """Euler's method from t = 1 to t = 0. z (B, N, C) holds the latents of the context and noise
     for the target. Returns z with the latents of the target: the estimate of the last step.
-    The estimate of a step is the next step's guess. (In training a guess is not guided, and is of
-    the same t.) callback(t_next, guess) sees it, and the time that the step reaches."""
+    A step takes the estimate and the noise that it implies to the point of their path at t_next:
+    z + (t_next - t) v. The estimate is the next step's guess. (In training a guess is not guided,
+    and is of the same t.) callback(t_next, guess) sees it, and the time that the step reaches."""
     u = torch.linspace(1, 0, sampling.steps + 1)
     times = dit.times(u).to(z.device)  # (steps + 1,)
     is_target = (segment == TARGET)[..., None]
@@ -589,9 +590,9 @@ def denoise(dit, z, segment, sampling, callback=None):
         guess = guided_estimate(dit, z, t, guess, segment, sampling)
         if callback is not None:
             callback(t_next, guess)
-        v = (z - guess) / t  # as z_t = z_0 + t v
-        v = torch.where(is_target, v, 0.0)  # the context stays as it is
-        z = z + (t_next - t) * v
+        eps = (z - (1 - t) * guess) / t  # the noise in z, if `guess` is its z_0
+        z_next = (1 - t_next) * guess + t_next * eps
+        z = torch.where(is_target, z_next, z)  # the context stays as it is
     return z
 
 
