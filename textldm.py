@@ -120,7 +120,7 @@ class TransformerConfig:
 
 
 def rotary(position, D):
-    """Rotary positions [RoPE]: cosines and sines (N, D/2) of angles that grow with position (N,)."""
+    """Rotary positions [RoPE]: cosines and sines (N, D/2) of angles that grow with `position`."""
     frequency = 10000 ** (-torch.arange(0, D, 2, device=position.device) / D)  # (D/2,)
     angle = position[:, None] * frequency  # (N, D/2)
     return angle.cos(), angle.sin()
