@@ -217,6 +217,12 @@ def anchor_of(heading):
     return "".join(kept).replace(" ", "-")
 
 
+def anchors_in(page):
+    """Anchors of the headings of a page, and those that rows of its tables have."""
+    headings = re.findall(r"(?m)^#+ (.*)$", page)
+    return [anchor_of(heading) for heading in headings] + re.findall(r'<a id="(.*?)">', page)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_between_pages_lead_somewhere(page):
     text = (ROOT / page).read_text()
@@ -227,8 +233,7 @@ def test_links_between_pages_lead_somewhere(page):
         path = (ROOT / page).parent / name if name else ROOT / page
         assert path.exists(), target
         if anchor:
-            headings = re.findall(r"(?m)^#+ (.*)$", path.read_text())
-            assert anchor in [anchor_of(heading) for heading in headings], target
+            assert anchor in anchors_in(path.read_text()), target
 
 
 def test_each_snippet_of_from_gpt_stands_in_the_file():
