@@ -29,12 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.checkpoint import build, load_checkpoint
 from engine.config import DIT_PRESETS, TrainConfig, command_line
 from engine.corpus import Corpus
-from engine.evaluation import (
-    lines_of_samples,
-    lines_of_table,
-    rows_with_other_contexts,
-    table_by_time,
-)
+from engine.evaluation import rows_with_other_contexts, summary, table_by_time
 from engine.config import UserError
 from engine.terminal import pick_device, run_script
 from engine.train import Stage, train
@@ -447,14 +442,12 @@ class BlockEvaluation:
         table = table_by_time(vae, dit, batch, counted, denoise_at)
         prompts = []
         for row, length in zip(batch.tokens[:4], self.lengths):
-            prompts.append(row[: length // 2].tolist()[: N // 2])
-        scale = 3.0 if dit.config.context_drop else 1.0
-        sampling = Sampling(steps=20, cfg_scale=scale, temperature=0.7)
-        texts = continue_in_blocks(vae, dit, prompts, 0, sampling)
-        lines = lines_of_table(table)
-        lines += lines_of_samples(self.corpus.encoding, self.corpus.eot, prompts, texts)
-        numbers = dict(loss=sum(row["loss"] for row in table) / len(table), table=table)
-        return numbers, "\n".join(lines)
+            prompts.append(row[: length // 2].tolist())
+
+        def write(prompts, sampling):
+            return continue_in_blocks(vae, dit, prompts, 0, sampling)
+
+        return summary(table, self.corpus, dit.config, prompts, write)
 
 
 def train_dit():
