@@ -36,19 +36,13 @@ def docs():
     roots = [sysconfig.get_paths()["stdlib"], *map(os.path.dirname, packages)]
     seen = set()
     for root in roots:
-        for path in python_files(Path(root)):
+        for path in sorted(Path(root).rglob("*.py")):
+            if SKIPPED_FOLDERS.intersection(path.relative_to(root).parts[:-1]):
+                continue
             for text in docstring_paragraphs(path):
                 if is_prose(text) and text.lower() not in seen:
                     seen.add(text.lower())
                     yield text
-
-
-def python_files(root):
-    """Yields the .py files under the folder root, sorted, without those in SKIPPED_FOLDERS."""
-    for path in sorted(root.rglob("*.py")):
-        folders = path.relative_to(root).parts[:-1]
-        if not SKIPPED_FOLDERS.intersection(folders):
-            yield path
 
 
 def docstring_paragraphs(path):

@@ -14,7 +14,7 @@ names and docs need no download. Files may hold text, or JSON lines with the doc
 a text file into documents.
 
 Each .bin file is an array of token ids: uint16, or uint32 if the vocabulary needs it. One
-end-of-text token follows each document. Files are read as a stream, once. All CPU cores encode.
+end-of-text token follows each document.
 
 A hash of its text decides whether a document belongs to train or to val, so the order of the
 documents has no influence. If the first 100 MB hold few documents, the end of all is val.
@@ -25,6 +25,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -91,23 +92,14 @@ def parse_arguments():
         parser.error("--vocab_size is for --encoding=bpe; GPT-2's has 50257 tokens")
     if args.vocab_size is not None and not 258 <= args.vocab_size <= 2**31:
         parser.error("--vocab_size must be at least 258: 256 bytes, end-of-text and one merge")
-    args.embedded = find_embedded(args.paths)
+    name = args.paths[0]
+    # A file or folder of that name comes first, except for the docs of this project.
+    is_path = Path(name).exists() and Path(name).resolve().parent != ROOT
+    is_embedded = name in EMBEDDED and len(args.paths) == 1 and not is_path
+    args.embedded = name if is_embedded else None
     if args.embedded and args.lines:
-        parser.error(f"--lines is for text files; {args.embedded} has documents")
+        parser.error(f"--lines is for text files; {name} has documents")
     return args
-
-
-def find_embedded(paths):
-    """Returns the name of the embedded corpus that paths ask for, or None.
-
-    A file or folder of that name in the working directory comes first. This project's own folder
-    docs holds no corpus.
-    """
-    name = paths[0]
-    here = Path(name).resolve()
-    if len(paths) > 1 or name not in EMBEDDED or here.exists() and here.parent != ROOT:
-        return None
-    return name
 
 
 def output_folder(args):
@@ -130,10 +122,8 @@ def spare_other_corpus(out, args):
     except (ValueError, KeyError, TypeError):
         return  # damaged
     if not args.out and source != args.paths:
-        raise UserError(
-            f"{out} holds a corpus of {', '.join(map(str, source))}; give --out={out} to replace "
-            "it, or another --out"
-        )
+        paths = ", ".join(map(str, source))
+        raise UserError(f"{out} holds a corpus of {paths}; --out={out} replaces it")
 
 
 # ---- Text ----------------------------------------------------------------------------------------
@@ -151,22 +141,11 @@ def open_sources(args):
         return tqdm(documents, desc="read", unit=" documents", mininterval=1), val
     train = Reader(args.paths, args.lines)
     if val:
-        train.exclude(val)  # val documents may lie in a folder that is read for train
+        for path in val.files:  # val documents may lie in a folder that is read for train
+            train.files.pop(path, None)
         if not train.files:
             raise UserError(f"--val={args.val} names all files; none is left for train")
     return train, val
-
-
-def read_first(documents):
-    """Returns a list of the first documents, and whether these are all."""
-    first = []
-    size = 0
-    for text in documents:
-        first.append(text)
-        size += len(text)
-        if size > SMALL:
-            return first, False
-    return first, True
 
 
 def make_tokenizer(args, first, is_all):
@@ -194,19 +173,18 @@ def make_tokenizer(args, first, is_all):
 
 
 def choose_splits(documents, val, val_fraction, digest):
-    """Yields a pair ("train" or "val", text) for each document.
+    """Yields a pair ("train" or "val", text) for each document. The hash of its text decides.
 
     val: iterable of val documents. val_fraction: the share of the other documents that is val too.
-    A hash of the text decides. digest: a hashlib object, to which the texts are added.
+    digest: a hashlib object, to which the texts are added.
     """
-    for text in documents:
-        raw = text.encode()
-        digest.update(raw + b"\0")
-        position = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big")
-        yield "val" if position / 2**64 < val_fraction else "train", text
-    for text in val:
-        digest.update(text.encode() + b"\0")
-        yield "val", text
+    shares = [(documents, val_fraction), (val, 1)]
+    for texts, share in shares:
+        for text in texts:
+            raw = text.encode()
+            digest.update(raw + b"\0")
+            position = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big")
+            yield "val" if position < share * 2**64 else "train", text
 
 
 # ---- Tokens --------------------------------------------------------------------------------------
@@ -233,22 +211,26 @@ def encode_all(documents, encoding, eot):
 
     # Measured: if a thread of the pool uses tiktoken's regex first, all take 1.5 times as long.
     encode(encoding, "the main thread goes first")
+    pending = deque()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        pending = deque()
-        job = []
-        size = 0
-        for split, text in documents:
-            job.append((split, text))
-            size += len(text)
-            if size > JOB:
-                pending.append(pool.submit(encode_job, job))
-                job = []
-                size = 0
+        for job in jobs_of(documents):
+            pending.append(pool.submit(encode_job, job))
             if len(pending) > 2 * os.cpu_count():
                 yield from pending.popleft().result()
         for future in pending:
             yield from future.result()
-        yield from encode_job(job)
+
+
+def jobs_of(documents):
+    """Yields lists of pairs (split, text) of a little more than JOB characters."""
+    job, size = [], 0
+    for split, text in documents:
+        job.append((split, text))
+        size += len(text)
+        if size > JOB:
+            yield job
+            job, size = [], 0
+    yield job
 
 
 def write_bins(out, args, tokenizer, documents, val):
@@ -276,14 +258,14 @@ def write_bins(out, args, tokenizer, documents, val):
             tokens[split] += len(ids)
             number[split] += 1
             lengths[len(ids)] += 1
-    longest = length_of_most(lengths)
+    values, counts = np.array(sorted(lengths.items())).T
+    longest = int(values[np.searchsorted(counts.cumsum(), 0.99 * counts.sum())])
     is_short = longest <= LONGEST_ROW and (args.lines or not args.is_few)
     layout = args.layout or ("documents" if args.embedded or is_short else "stream")
     if is_cut:
         # A val text of less than one document is cut off anywhere.
         is_between = layout == "documents" or number["train"] * args.val_fraction >= 1
-        split_of = cut_off_val(paths, dtype, tokenizer["eot"], args.val_fraction, is_between)
-        tokens, number = split_of
+        tokens, number = cut_off_val(paths, dtype, tokenizer["eot"], args.val_fraction, is_between)
     for split, path in paths.items():
         if not number[split]:
             raise UserError(
@@ -298,27 +280,16 @@ def write_bins(out, args, tokenizer, documents, val):
         "tokens": dict(tokens),
         "documents": dict(number),
         "sha256": digest.hexdigest(),
-        # Training on documents uses rows of this length. Longer documents are rare.
+        # Training on documents uses rows of this length. 1% of the documents are longer.
         "longest": longest,
     }
 
 
-def length_of_most(lengths):
-    """Returns the smallest length that at least 99% of documents do not exceed.
-
-    lengths: a Counter, from the number of tokens to the number of documents.
-    """
-    values, counts = np.array(sorted(lengths.items())).T
-    return int(values[np.searchsorted(counts.cumsum(), 0.99 * counts.sum())])
-
-
 def cut_off_val(paths, dtype, eot, val_fraction, is_between):
-    """Moves the end of the train file to the val file.
+    """Moves the end of the train file to the val file: whole documents if is_between, else tokens.
 
-    is_between: whether to cut between two documents, or at any token.
-
-    Returns the numbers of tokens and of documents as two dicts, as write_bins has them. Raises
-    UserError if there is no place to cut.
+    Returns the numbers of tokens and of documents, two dicts by split. Raises UserError if there
+    is no place to cut.
     """
     ids = np.memmap(paths["train"], dtype, "r")
     cut = min(max(round(len(ids) * (1 - val_fraction)), 1), len(ids) - 1)
@@ -346,7 +317,12 @@ def prepare(args, out, train, val):
     """
     start = time.time()
     documents = iter(train)
-    first, is_all = read_first(documents)
+    first = []
+    size = 0
+    while size <= SMALL and (text := next(documents, None)) is not None:
+        first.append(text)
+        size += len(text)
+    is_all = size <= SMALL
     args.is_few = len(first) < FEW
     if args.val_fraction is None:
         args.val_fraction = 0.05 if args.embedded else 0.1 if is_all else 0.005
@@ -365,80 +341,50 @@ def prepare(args, out, train, val):
 # ---- What is printed -----------------------------------------------------------------------------
 
 
-def print_report(meta, seconds, readers):
-    """Prints a summary. seconds: of reading and encoding. readers: of files."""
-    total = sum(meta["tokens"].values())
-    speed = total / seconds / 1e6
-    # bench/speed.py reads this line.
-    print(f"{total:,} tokens in {seconds:.1f} seconds, {speed:.2f} million a second")
-    for split, tokens in meta["tokens"].items():
-        print(f"{split}: documents {meta['documents'][split]:,}, tokens {tokens:,}")
-    for reader in readers:
-        print("\n".join(reader.report()))
-    print(
-        f"sha256 {meta['sha256'][:16]}, Unicode {meta['unicode']}, layout {meta['layout']}, "
-        f"99% of documents have at most {meta['longest']:,} tokens"
-    )
-
-
 def next_commands(out, meta):
     """Returns the commands that train on the corpus in the folder out, as text.
 
     out: as the user wrote it. meta: the content of its meta.json.
     """
     tokens = min(meta["tokens"].values())
-    is_stream = meta["layout"] == "stream"
-    needed = GPU_ROW if meta["encoding"] == "gpt2" else SHORTEST_ROW if is_stream else TINY["block_size"]
-    if not is_stream:
-        needed = min(needed, meta["longest"])
-    if tokens <= needed:
-        return f"\nIt is too short to train on: one split has only {tokens} tokens."
     to = f"--out={shlex.quote(f'out/{out.resolve().name}')}"
     both = f"--data={shlex.quote(str(out))} {to}"
     if sys.platform == "darwin":
         both += " --device=cpu"  # untried on the GPU of a Mac
+    row = min(TEXT_ROW, tokens - 1)  # a row of the GPT has one token more
+    is_stream = meta["layout"] == "stream"
+    block_size = SHORTEST_ROW if is_stream else TINY["block_size"]
     if meta["encoding"] == "gpt2":
-        took = "on a GPU"
+        block_size = GPU_ROW
+        where = "on a GPU"
         vae = "--teacher=gpt2 --no-muon --compile --max_steps=6000 --beta_warmup=2000"
-        lines = [
+        commands = [
             f"train_vae.py {both} --preset=small {vae}",
             f"train_dit.py {both} --preset=small --compile --max_steps=20000",
             f"sample.py {to} --n=4",
         ]
     elif is_stream:
         # Cola DLM with blocks of 4 tokens: on prose it is better than TextLDM.
-        took = "a book of 1 MB took 19 minutes on two cores of an EPYC (Zen 4) in fp32"
-        row = min(TEXT_ROW, tokens - 1)  # a row of the GPT has one token more
+        where = "a book of 1 MB took 19 minutes on two cores of an EPYC (Zen 4) in fp32"
+        start = np.fromfile(out / "val.bin", meta["dtype"], 40).tolist()
+        words = re.findall("[^\\s\ufffd]+", load_encoding(meta).decode(start))
+        prompt = " ".join(words[1:4]).replace("<|endoftext|>", "")  # the first word may be cut
         both += f" --batch_size=96 --block_size={row}"
-        prompt = shlex.quote(beginning(out, meta))
-        lines = [
+        commands = [
             f"baselines/gpt.py {both} --max_steps=400",
             f"variants/cola_dlm.py vae {both} --max_steps=400",
             f"variants/cola_dlm.py dit {both} --latent_block=4 --max_steps=2500",
-            f"sample.py {to} --prompt={prompt} --length=300",
+            f"sample.py {to} --prompt={shlex.quote(prompt)} --length=300",
         ]
     else:
-        took = "names took 10 minutes on two cores of an EPYC (Zen 4) in fp32"
-        lines = [
-            f"baselines/gpt.py {both}",
-            f"train_vae.py {both}",
-            f"train_dit.py {both}",
-            f"sample.py {to} --n=5",
-        ]
-    root = os.path.relpath(ROOT)
-    commands = []
-    for line in lines:
-        script, options = line.split(" ", 1)
-        commands.append(f"python {shlex.quote(os.path.join(root, script))} {options}")
-    return "\n".join([f"\nTo train on it ({took}):\n", *commands])
-
-
-def beginning(out, meta):
-    """Returns the first words of the val text, as a prompt."""
-    ids = np.fromfile(out / "val.bin", meta["dtype"], 40)
-    text = load_encoding(meta).decode(ids.tolist())
-    words = text.replace("\ufffd", " ").replace("<|endoftext|>", " ").split()
-    return " ".join(words[1:4])  # the first word may be cut
+        where = "names took 10 minutes on two cores of an EPYC (Zen 4) in fp32"
+        scripts = ["baselines/gpt.py", "train_vae.py", "train_dit.py"]
+        commands = [*[f"{script} {both}" for script in scripts], f"sample.py {to} --n=5"]
+    if tokens <= (block_size if is_stream else min(block_size, meta["longest"])):
+        return f"\nIt is too short to train on: one split has only {tokens} tokens."
+    root = "" if ROOT == Path.cwd() else shlex.quote(os.path.relpath(ROOT)) + "/"
+    lines = [f"python {root}{command}" for command in commands]
+    return "\n".join([f"\nTo train on it ({where}):\n", *lines])
 
 
 # ---- The script ----------------------------------------------------------------------------------
@@ -463,7 +409,19 @@ def main():
                 out.rmdir()
     except OSError as error:
         raise UserError(f"cannot write --out={out} ({error})") from None
-    print_report(meta, seconds, [source for source in (train, val) if isinstance(source, Reader)])
+    total = sum(meta["tokens"].values())
+    speed = total / seconds / 1e6
+    # bench/speed.py reads this line.
+    print(f"{total:,} tokens in {seconds:.1f} seconds, {speed:.2f} million a second")
+    for split, tokens in meta["tokens"].items():
+        print(f"{split}: documents {meta['documents'][split]:,}, tokens {tokens:,}")
+    for source in (train, val):
+        if isinstance(source, Reader):
+            print("\n".join(source.report()))
+    print(
+        f"sha256 {meta['sha256'][:16]}, Unicode {meta['unicode']}, layout {meta['layout']}, "
+        f"99% of documents have at most {meta['longest']:,} tokens"
+    )
     if args.is_few and not args.lines:
         print("If each line is a text of its own, prepare it again with --lines.")
     print(next_commands(out, meta))

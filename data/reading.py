@@ -22,7 +22,6 @@ import zlib
 from collections import Counter, defaultdict
 
 from tqdm import tqdm
-from tqdm.utils import CallbackIOWrapper
 
 from engine.script import UserError
 
@@ -33,10 +32,7 @@ LONGEST = 1 << 24  # characters. A longer text without separators is divided at 
 SEPARATOR = "<|endoftext|>"  # divides documents in text files
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 OUTPUTS = ("train.bin", "val.bin", "meta.json")  # what prepare.py writes
-SYSTEM_FILES = ("__macosx", "thumbs.db", "desktop.ini")
-# All control characters but \b \t \n \v \f \r and escape.
-CONTROL = bytes(set(range(32)) - set(b"\b\t\n\v\f\r\x1b")) + b"\x7f"
-MOST_CONTROL = 0.03  # the share of them above which a file is binary
+SYSTEM_FILES = ("__MACOSX", "Thumbs.db", "desktop.ini")
 # What damaged files raise. RuntimeError is of a password, of an unknown compression, and of an
 # archive that holds itself.
 DAMAGE = (EOFError, OSError, RuntimeError, tarfile.TarError, zipfile.BadZipFile)
@@ -49,7 +45,7 @@ class Reader:
 
     paths: files, folders and pipes; "-" is stdin. A file that is reached by two paths is read once.
     lines: whether each line of a text file is a document.
-    notes: for each thing worth a note a Counter, from the names of files to how often it was there.
+    files_read: their number. notes: a Counter of the names of files for each line of report.
 
     Raises UserError if a path does not exist, or is a folder without any file to read.
     """
@@ -70,11 +66,6 @@ class Reader:
             for file in files:
                 self.files.setdefault(os.path.realpath(file), (file, is_named))
 
-    def exclude(self, other):
-        """Removes the files that another Reader reads."""
-        for real_path in other.files:
-            self.files.pop(real_path, None)
-
     def files_under(self, folder):
         """Yields the paths of files under a folder, always in the same order. Follows links."""
 
@@ -83,11 +74,10 @@ class Reader:
 
         visited = set()
         for parent, folders, names in os.walk(folder, onerror=leave_out_folder, followlinks=True):
-            real_path = os.path.realpath(parent)
-            if real_path in visited:
+            if os.path.realpath(parent) in visited:
                 folders.clear()
                 continue
-            visited.add(real_path)
+            visited.add(os.path.realpath(parent))
             folders[:] = [name for name in sorted(folders) if self.is_wanted(name, parent)]
             for name in sorted(names):
                 path = os.path.join(parent, name)
@@ -100,13 +90,14 @@ class Reader:
 
     def is_wanted(self, name, parent):
         """Returns whether to read what has this name in a folder or archive. If not, notes it."""
-        if name.startswith(".") or name.endswith("~") or name.lower() in SYSTEM_FILES:
-            self.leave_out("hidden or of the system", f"{parent}/{name}")
-            return False
-        if name.removesuffix(".tmp") in OUTPUTS:
-            self.leave_out("written by prepare.py", f"{parent}/{name}")
-            return False
-        return True
+        reason = None
+        if name.startswith(".") or name.endswith("~") or name in SYSTEM_FILES:
+            reason = "hidden or of the system"
+        elif name.removesuffix(".tmp") in OUTPUTS:
+            reason = "written by prepare.py"
+        if reason:
+            self.leave_out(reason, f"{parent}/{name}")
+        return not reason
 
     def leave_out(self, reason, name):
         self.notes[f"left out ({reason})"][name] += 1
@@ -115,8 +106,10 @@ class Reader:
         """Returns lines that say what was read, replaced, skipped and left out."""
         lines = [f"files read: {self.files_read:,}"]
         for note, names in self.notes.items():
-            others = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-            lines.append(f"{note}: {names.total():,}, of {next(iter(names))}{others}")
+            names = +names  # without zeros
+            if names:
+                more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+                lines.append(f"{note}: {names.total():,}, of {next(iter(names))}{more}")
         return lines
 
     def __iter__(self):
@@ -130,10 +123,13 @@ class Reader:
         with tqdm(total=total or None, **options) as bar:  # a pipe has size 0
             for path, is_named in self.files.values():
                 try:
-                    with open(path, "rb") as file:
-                        counted = CallbackIOWrapper(bar.update, file, "read")
-                        stream = Stream(counted, file if file.seekable() else None)
-                        yield from self.read(path, stream, is_named)
+                    with open(path, "rb", READ) as file:
+                        stream = file if file.seekable() else stream_of(file)
+                        before = bar.n
+                        for text in self.read(path, stream, is_named):
+                            if stream is file:
+                                bar.update(before + file.tell() - bar.n)
+                            yield text
                 except DAMAGE as error:
                     reason = f"{type(error).__name__}: {error}"
                     raise UserError(
@@ -148,17 +144,20 @@ class Reader:
 
         Raises UserError and DAMAGE. A binary file raises UserError only if it is one of paths.
         """
-        head = stream.head
+        head = stream.peek(READ)
         base, suffix = os.path.splitext(name)
         suffix = suffix.lower()
         kind = suffix.removeprefix(".").removeprefix("t")  # .tgz is .tar.gz
-        new_decompressor = decompressor_of(kind, head)
+        # Whatever only has the suffix is damaged. Decompression says so.
+        matching = [kind] if kind in COMPRESSIONS else []
+        matching += [k for k, (beginning, _) in COMPRESSIONS.items() if re.match(beginning, head)]
         if not head:
             self.leave_out("empty", name)
-        elif new_decompressor:
+        elif matching:
+            pieces = decompress(stream, COMPRESSIONS[matching[-1]][1])
             if kind in COMPRESSIONS:
                 name = base + (".tar" if suffix.startswith(".t") else "")
-            yield from self.read(name, Stream(decompress(stream, new_decompressor)), is_named)
+            yield from self.read(name, stream_of(pieces), is_named)
         elif suffix == ".tar" or head[257:262] == b"ustar":
             yield from self.read_members(name, members_of_tar(stream))
         elif suffix == ".zip" or suffix == "" and head.startswith(b"PK\3\4"):
@@ -180,81 +179,70 @@ class Reader:
             if file is None:
                 self.leave_out("link or device", f"{archive}/{member}")
             elif all(self.is_wanted(part, archive) for part in parts):
-                yield from self.read(f"{archive}/{member}", Stream(file))
+                yield from self.read(f"{archive}/{member}", stream_of(file))
 
     def read_text(self, name, suffix, stream, is_named):
         """Yields the documents of a file of text or JSON. Raises UserError if it is misread."""
         replaced = REPLACED["bytes"]
         # Any line end becomes "\n".
-        file = io.TextIOWrapper(stream, encoding_of(stream.head), "replace_and_count")
+        file = io.TextIOWrapper(stream, encoding_of(stream.peek(READ)), "replace_and_count")
         is_json = suffix in JSON_SUFFIXES
-        first = peek_lines(file, -1 if is_json else LONGEST)
-        if suffix == ".json" and "".join(first).lstrip().startswith("["):
-            texts = texts_of_array("".join(first) + file.read())
-        elif is_json or first and all(text is not None for text in texts_of_lines(first)):
-            texts = texts_of_lines(itertools.chain(first, file))
+        lines = iter(functools.partial(file.readline, -1 if is_json else LONGEST), "")
+        first = list(itertools.islice(lines, 4))
+        first_texts = list(map(text_of, first))
+        if is_json or any(first_texts) and None not in first_texts:
+            texts = map(text_of, itertools.chain(first, lines))
         else:
             texts = split_text("".join(first), file, self.lines)
-        counts = Counter()
+        documents = unusable = 0
         for text in texts:
-            counts["none" if text is None else "empty" if not text else "document"] += 1
+            unusable += text is None
             if text:
+                documents += 1
                 yield text
 
-        if REPLACED["bytes"] > replaced:
-            self.notes[UNDECODABLE][name] += REPLACED["bytes"] - replaced
-        if suffix == ".json" and not is_named and counts.total() == counts["none"]:
+        self.notes[UNDECODABLE][name] += REPLACED["bytes"] - replaced
+        if suffix == ".json" and not is_named and not documents:
             self.leave_out("JSON without a text", name)
-        elif counts["none"] > counts.total() / 2:
+        elif unusable > documents:
             raise UserError(
-                f"{name} is no text in JSON: {counts['none']} of {counts.total()} lines are no "
-                'objects with a field "text"; rename the field, or a file of text to X.txt'
+                f'{name} is no text in JSON: {unusable} lines are no objects with a field "text"; '
+                "rename the field, or a file of text to X.txt"
             )
-        elif not counts["document"]:
+        elif not documents:
             self.leave_out("empty", name)
         else:
             self.files_read += 1
-        if counts["none"]:
-            self.notes["skipped unusable lines"][name] += counts["none"]
+            self.notes["skipped unusable lines"][name] += unusable
 
 
 # ---- Bytes ---------------------------------------------------------------------------------------
 
 
-class Stream(io.RawIOBase):
-    """The bytes of an open file, or of an iterator of bytes, as a file that is read once.
+class Bytes(io.RawIOBase):
+    """The bytes of an iterator, as a file. A read is as long as it asks for, but at the end."""
 
-    head: the first READ bytes, or fewer if there are no more. They are read again.
-    file: the open file if a place in it can be sought, else None.
-    """
-
-    def __init__(self, source, file=None):
-        self.pieces = source
-        if hasattr(source, "read"):
-            self.pieces = iter(functools.partial(source.read, READ), b"")
-        self.file = file
+    def __init__(self, pieces):
+        self.pieces = pieces
         self.buffer = bytearray()
-        self.fill(READ)
-        self.head = bytes(self.buffer[:READ])
-
-    def fill(self, size):
-        """Reads until the buffer holds size bytes, or more, or the source ends."""
-        while len(self.buffer) < size:
-            piece = next(self.pieces, None)
-            if piece is None:
-                break
-            self.buffer += piece
 
     def readable(self):
         return True
 
     def readinto(self, target):
-        """Puts the next bytes in target, which is full afterwards unless they end."""
-        self.fill(len(target))
+        while len(self.buffer) < len(target) and (piece := next(self.pieces, None)) is not None:
+            self.buffer += piece
         size = min(len(target), len(self.buffer))
         target[:size] = self.buffer[:size]
         del self.buffer[:size]
         return size
+
+
+def stream_of(source):
+    """Returns the bytes of an open file, or of an iterator, as a file with a peek of READ bytes."""
+    if hasattr(source, "read"):
+        source = iter(functools.partial(source.read, READ), b"")
+    return io.BufferedReader(Bytes(source), READ)
 
 
 def new_zstd():
@@ -273,15 +261,6 @@ COMPRESSIONS = {
     "xz": (rb"\xfd7zXZ\0", lzma.LZMADecompressor),
     "zst": (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", new_zstd),
 }
-
-
-def decompressor_of(kind, head):
-    """Returns the function that makes a decompressor of a file, or None if it is not compressed."""
-    for beginning, new_decompressor in COMPRESSIONS.values():
-        if re.match(beginning, head):
-            return new_decompressor
-    # Whatever only has the suffix is damaged. Decompression says so.
-    return COMPRESSIONS[kind][1] if kind in COMPRESSIONS else None
 
 
 def decompress(stream, new_decompressor):
@@ -310,12 +289,11 @@ class StrictTarInfo(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, tar):
-        """Returns the next member of tar. Raises OSError if its header is damaged or missing."""
         try:
             return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:
-            raise  # this header marks the regular end of an archive
         except tarfile.HeaderError as error:
+            if isinstance(error, tarfile.EOFHeaderError):
+                raise  # the regular end
             raise OSError(f"{error} at byte {tar.offset}") from None
 
 
@@ -336,9 +314,10 @@ def members_of_tar(stream):
 def members_of_zip(stream):
     """Yields the members of a zip archive, as members_of_tar does."""
     with tempfile.TemporaryFile() as copy:
-        if not stream.file:  # the table of a zip archive is at its end
+        if not stream.seekable():  # the table of a zip archive is at its end
             shutil.copyfileobj(stream, copy, READ)
-        with zipfile.ZipFile(stream.file or copy) as archive:
+            stream = copy
+        with zipfile.ZipFile(stream) as archive:
             for member in archive.infolist():
                 if stat.S_ISLNK(member.external_attr >> 16):
                     yield member.filename, None
@@ -363,33 +342,14 @@ codecs.register_error("replace_and_count", replace_and_count)
 
 def encoding_of(head):
     """Returns the encoding of a text by its first bytes. It drops the byte order mark."""
-    # UTF-32 comes first: its mark begins with the mark of UTF-16.
-    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
-        return "utf-32"
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "utf-16"
-    return "utf-8-sig"
+    is_utf_16 = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return "utf-16" if is_utf_16 else "utf-8-sig"
 
 
 def is_binary(head):
     """Returns whether the first bytes of a file are no text."""
-    text = head.decode(encoding_of(head), "replace").encode()
-    controls = len(text) - len(text.translate(None, CONTROL))
-    is_pdf = head.startswith(b"%PDF-")  # the first part of a PDF may be text
-    return is_pdf or b"\0" in text or controls > MOST_CONTROL * len(text)
-
-
-def peek_lines(file, longest):
-    """Returns the first lines of a text, up to the second that is not blank.
-
-    longest: the number of characters after which a line is cut, or -1.
-    """
-    lines = []
-    found = 0
-    while found < 2 and (line := file.readline(longest)):
-        lines.append(line)
-        found += not line.isspace()
-    return lines
+    # The first part of a PDF may be text.
+    return head.startswith(b"%PDF-") or "\0" in head.decode(encoding_of(head), "replace")
 
 
 def split_text(first, file, lines):
@@ -418,30 +378,17 @@ def split_text(first, file, lines):
     yield "" if text.isspace() else text
 
 
-def texts_of_lines(lines):
-    """Yields the text of each line of JSON that is not blank, or None if it has none."""
-    for line in lines:
-        if not line.isspace():
-            yield text_of(parse_json(line))
+def text_of(line):
+    """Returns the field "text" of a JSON object, or None if there is no such string.
 
-
-def texts_of_array(text):
-    """Yields the text of each element of an array in JSON. A string is a text too."""
-    values = parse_json(text)
-    for value in values if isinstance(values, list) else [None]:
-        yield text_of({"text": value} if isinstance(value, str) else value)
-
-
-def parse_json(text):
-    """Returns the value that a text in JSON describes, or None if it is no JSON."""
+    Returns "" for a blank line.
+    """
+    if line.isspace():
+        return ""
     try:
-        return json.loads(text)
+        value = json.loads(line)
     except (ValueError, RecursionError):
         return None
-
-
-def text_of(value):
-    """Returns the field "text" of a JSON object, or None if it has no such string."""
     text = value.get("text") if isinstance(value, dict) else None
     if not isinstance(text, str):
         return None
