@@ -365,11 +365,10 @@ def split_text(first, file, lines):
         if lines:
             text = text.replace(SEPARATOR, divider)
         *ended, text = text.split(divider)
-        if len(text) > LONGEST:
-            middle = len(text) // 2
-            middle = text.rfind("\n", 0, middle) + 1 or middle
-            ended.append(text[:middle])
-            text = text[middle:]
+        while len(text) > LONGEST:
+            place = text.rfind("\n", 0, LONGEST // 2) + 1 or LONGEST // 2
+            ended.append(text[:place])
+            text = text[place:]
         for document in ended:
             document = document if is_first else document.lstrip("\n")
             yield "" if document.isspace() else document.rstrip("\n")
