@@ -29,8 +29,7 @@ def train_bpe(texts, vocab_size):
     """
     words = Words(count_words(texts))
     for _ in tqdm(range(vocab_size - 257), desc="bpe", mininterval=1):
-        pair = words.most_frequent_pair()
-        if pair is None:
+        if not (pair := words.most_frequent_pair()):
             break
         words.merge(pair)
     tokens = enumerate(words.tokens)

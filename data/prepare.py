@@ -53,7 +53,6 @@ LONGEST_ROW = 64  # tokens. Where nearly all documents are shorter, each is a ro
 JOB = 1 << 18  # characters that a thread encodes at once
 GPU_ROW = 1024  # tokens in a row of the preset small
 TEXT_ROW = 32  # tokens in a row of running text, on a CPU
-SHORTEST_ROW = 8  # tokens
 
 
 # ---- Options -------------------------------------------------------------------------------------
@@ -77,10 +76,7 @@ def parse_arguments():
     add("--encoding", choices=["gpt2", "bpe"], help=text)
     text = "number of tokens of a new BPE (default: by the size of the text, at most 4096)"
     add("--vocab_size", type=int, help=text)
-    text = (
-        "a training row is one document (default where documents are short), "
-        "or a window of the stream of all documents"
-    )
+    text = "a row is one document (default where they are short), or a window of all of them"
     add("--layout", choices=["documents", "stream"], help=text)
     add("--lines", action="store_true", help="each line of a text file is a document")
     args = parser.parse_args()
@@ -178,8 +174,7 @@ def choose_splits(documents, val, val_fraction, digest):
     val: iterable of val documents. val_fraction: the share of the other documents that is val too.
     digest: a hashlib object, to which the texts are added.
     """
-    shares = [(documents, val_fraction), (val, 1)]
-    for texts, share in shares:
+    for texts, share in ((documents, val_fraction), (val, 1)):
         for text in texts:
             raw = text.encode()
             digest.update(raw + b"\0")
@@ -237,7 +232,7 @@ def write_bins(out, args, tokenizer, documents, val):
     """Encodes all documents into train.bin.tmp and val.bin.tmp in the folder out.
 
     documents, val: iterables of strings. val is None if a share of the others is val.
-    args: with args.val_fraction and args.is_few, which tells to take the end of the text as val.
+    args: with args.val_fraction and args.is_few, which asks for the end of the text as val.
 
     Returns the fields of meta.json that follow from the text. Raises UserError if a source is
     unusable or a split gets no document, and OSError if out cannot be written.
@@ -268,10 +263,7 @@ def write_bins(out, args, tokenizer, documents, val):
         tokens, number = cut_off_val(paths, dtype, tokenizer["eot"], args.val_fraction, is_between)
     for split, path in paths.items():
         if not number[split]:
-            raise UserError(
-                f"none of the documents fell to {split}; give --val=FILE, or another "
-                f"--val_fraction than {args.val_fraction}"
-            )
+            raise UserError(f"{split} gets no document; give --val=FILE, or another --val_fraction")
         with open(path, "rb") as file:
             os.fsync(file.fileno())
     return {
@@ -280,8 +272,7 @@ def write_bins(out, args, tokenizer, documents, val):
         "tokens": dict(tokens),
         "documents": dict(number),
         "sha256": digest.hexdigest(),
-        # Training on documents uses rows of this length. 1% of the documents are longer.
-        "longest": longest,
+        "longest": longest,  # tokens in a row. 1% of the documents are longer.
     }
 
 
@@ -296,10 +287,7 @@ def cut_off_val(paths, dtype, eot, val_fraction, is_between):
     if is_between:
         ends = np.flatnonzero(ids[:-1] == eot) + 1
         if not len(ends):
-            raise UserError(
-                "there is only one document, and val needs one too; "
-                "give --val=FILE, or --layout=stream"
-            )
+            raise UserError("there is only one document; give --val=FILE, or --layout=stream")
         cut = ends[np.abs(ends - cut).argmin()]
     parts = {"train": ids[:cut], "val": ids[cut:]}
     tokens = {split: len(part) for split, part in parts.items()}
@@ -353,7 +341,7 @@ def next_commands(out, meta):
         both += " --device=cpu"  # untried on the GPU of a Mac
     row = min(TEXT_ROW, tokens - 1)  # a row of the GPT has one token more
     is_stream = meta["layout"] == "stream"
-    block_size = SHORTEST_ROW if is_stream else TINY["block_size"]
+    block_size = 8 if is_stream else TINY["block_size"]
     if meta["encoding"] == "gpt2":
         block_size = GPU_ROW
         where = "on a GPU"
@@ -410,9 +398,8 @@ def main():
     except OSError as error:
         raise UserError(f"cannot write --out={out} ({error})") from None
     total = sum(meta["tokens"].values())
-    speed = total / seconds / 1e6
-    # bench/speed.py reads this line.
-    print(f"{total:,} tokens in {seconds:.1f} seconds, {speed:.2f} million a second")
+    speed = f"{total / seconds / 1e6:.2f} million a second"  # bench/speed.py reads this line
+    print(f"{total:,} tokens in {seconds:.1f} seconds, {speed}")
     for split, tokens in meta["tokens"].items():
         print(f"{split}: documents {meta['documents'][split]:,}, tokens {tokens:,}")
     for source in (train, val):

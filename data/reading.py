@@ -37,7 +37,7 @@ SYSTEM_FILES = ("__MACOSX", "Thumbs.db", "desktop.ini")
 # archive that holds itself.
 DAMAGE = (EOFError, OSError, RuntimeError, tarfile.TarError, zipfile.BadZipFile)
 DAMAGE += (lzma.LZMAError, zlib.error)
-UNDECODABLE = "undecodable bytes became U+FFFD (iconv -f LATIN1 -t UTF-8 converts a text)"
+UNDECODABLE = "signs U+FFFD, for bytes that are no UTF-8 (iconv -f LATIN1 -t UTF-8 converts them)"
 
 
 class Reader:
@@ -107,9 +107,8 @@ class Reader:
         lines = [f"files read: {self.files_read:,}"]
         for note, names in self.notes.items():
             names = +names  # without zeros
-            if names:
-                more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-                lines.append(f"{note}: {names.total():,}, of {next(iter(names))}{more}")
+            more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+            lines += [f"{note}: {names.total():,}, of {name}{more}" for name in list(names)[:1]]
         return lines
 
     def __iter__(self):
@@ -118,9 +117,8 @@ class Reader:
         Raises UserError if a file is damaged or misread, if a file of paths is binary, or if there
         is no document at all.
         """
-        total = sum(os.stat(path).st_size for path in self.files if os.path.exists(path))
-        options = dict(unit="B", unit_scale=True, desc="read", mininterval=1)
-        with tqdm(total=total or None, **options) as bar:  # a pipe has size 0
+        total = sum(os.path.getsize(path) for path in self.files if os.path.exists(path))
+        with tqdm(total=total or None, unit="B", unit_scale=True, desc="read") as bar:
             for path, is_named in self.files.values():
                 try:
                     with open(path, "rb", READ) as file:
@@ -131,10 +129,8 @@ class Reader:
                                 bar.update(before + file.tell() - bar.n)
                             yield text
                 except DAMAGE as error:
-                    reason = f"{type(error).__name__}: {error}"
-                    raise UserError(
-                        f"{path} is broken, cut off or unreadable ({reason}); fetch or unpack it"
-                    ) from None
+                    text = f"is broken, cut off or unreadable ({type(error).__name__}: {error})"
+                    raise UserError(f"{path} {text}; fetch or unpack it") from None
         if not self.files_read:
             paths = ", ".join(self.paths)
             raise UserError("; ".join([f"no usable document in {paths}", *self.report()]))
@@ -183,9 +179,8 @@ class Reader:
 
     def read_text(self, name, suffix, stream, is_named):
         """Yields the documents of a file of text or JSON. Raises UserError if it is misread."""
-        replaced = REPLACED["bytes"]
         # Any line end becomes "\n".
-        file = io.TextIOWrapper(stream, encoding_of(stream.peek(READ)), "replace_and_count")
+        file = io.TextIOWrapper(stream, encoding_of(stream.peek(READ)), "replace")
         is_json = suffix in JSON_SUFFIXES
         lines = iter(functools.partial(file.readline, -1 if is_json else LONGEST), "")
         first = list(itertools.islice(lines, 4))
@@ -199,9 +194,9 @@ class Reader:
             unusable += text is None
             if text:
                 documents += 1
+                self.notes[UNDECODABLE][name] += text.count("\ufffd")
                 yield text
 
-        self.notes[UNDECODABLE][name] += REPLACED["bytes"] - replaced
         if suffix == ".json" and not is_named and not documents:
             self.leave_out("JSON without a text", name)
         elif unusable > documents:
@@ -327,17 +322,6 @@ def members_of_zip(stream):
 
 
 # ---- Text ----------------------------------------------------------------------------------------
-
-REPLACED = Counter()
-
-
-def replace_and_count(error):
-    """Handles a decoding error: U+FFFD replaces the bytes, and REPLACED["bytes"] counts them."""
-    REPLACED["bytes"] += error.end - error.start
-    return "\ufffd", error.end
-
-
-codecs.register_error("replace_and_count", replace_and_count)
 
 
 def encoding_of(head):

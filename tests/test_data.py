@@ -376,7 +376,7 @@ REFUSED = {
     "a.txt names": "names is missing",
     "names --lines": "--lines is for text files",
     "a.txt --out=a.txt": "cannot write --out=a.txt",
-    "many.jsonl --val_fraction=0.0000001": "none of the documents fell to val",
+    "many.jsonl --val_fraction=0.0000001": "val gets no document",
     "cut.jsonl.gz": "broken, cut off",
     "a.jsonl.zst": "pip install zstandard",
 }

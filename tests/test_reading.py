@@ -244,7 +244,7 @@ LEFT_OUT = {
     "a.json": ('{"txt": 1}', "left out (JSON without a text): 1, of {}/a.json"),
     "a.jsonl": ('x\n\n[1]\n{"text": "1"}\n{"text": "2"}\n', "unusable lines: 2, of {}/a.jsonl"),
     "l.txt": (LATIN1 * 10 + b"cut \xf0\x9f\x98 \xef\xbf\xbd", "(iconv -f LATIN1 -t UTF-8 converts")
-    + ("a text): 33, of {}/l.txt",),
+    + ("them): 32, of {}/l.txt",),
     "a.zip": (with_link(zip_of({"b.txt": b"b"})), "left out (link or device): 1, of {}/a.zip/link"),
 }
 
