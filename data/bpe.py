@@ -58,8 +58,7 @@ class Words:
     """The different words of a text as tokens, and the frequencies of adjacent tokens.
 
     token, weight, before, after: each place has a token (NO_TOKEN between words), the frequency of
-        its word, and two neighbours. A merge puts its token at the place of its first part, and
-        takes the place of its second part out of the chain.
+        its word, and two neighbours. A merge takes the place of its second token out of the chain.
     tokens: the bytes of each token. counts: how often each pair of tokens occurs in the text.
     places: where each pair occurs or once occurred, from left to right.
     heap: has an entry of each pair that occurs twice, with its count or a higher one.

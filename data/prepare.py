@@ -122,9 +122,6 @@ def spare_other_corpus(out, args):
         raise UserError(f"{out} holds a corpus of {paths}; --out={out} replaces it")
 
 
-# ---- Text ----------------------------------------------------------------------------------------
-
-
 def open_sources(args):
     """Returns iterables of the train documents and of the val documents, each one a string.
 
@@ -208,24 +205,18 @@ def encode_all(documents, encoding, eot):
     encode(encoding, "the main thread goes first")
     pending = deque()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for job in jobs_of(documents):
-            pending.append(pool.submit(encode_job, job))
+        job, size = [], 0
+        for split, text in documents:
+            job.append((split, text))
+            size += len(text)
+            if size > JOB:
+                pending.append(pool.submit(encode_job, job))
+                job, size = [], 0
             if len(pending) > 2 * os.cpu_count():
                 yield from pending.popleft().result()
         for future in pending:
             yield from future.result()
-
-
-def jobs_of(documents):
-    """Yields lists of pairs (split, text) of a little more than JOB characters."""
-    job, size = [], 0
-    for split, text in documents:
-        job.append((split, text))
-        size += len(text)
-        if size > JOB:
-            yield job
-            job, size = [], 0
-    yield job
+        yield from encode_job(job)
 
 
 def write_bins(out, args, tokenizer, documents, val):
@@ -300,10 +291,8 @@ def cut_off_val(paths, dtype, eot, val_fraction, is_between):
 def prepare(args, out, train, val):
     """Writes the corpus of the documents train and val to the folder out.
 
-    Returns the content of meta.json, and the seconds of reading and encoding. Existing files are
-    replaced only when all new files are complete.
+    Returns the content of meta.json. Existing files are replaced when all new ones are complete.
     """
-    start = time.time()
     documents = iter(train)
     first = []
     size = 0
@@ -314,16 +303,14 @@ def prepare(args, out, train, val):
     args.is_few = len(first) < FEW
     if args.val_fraction is None:
         args.val_fraction = 0.05 if args.embedded else 0.1 if is_all else 0.005
-    start_of_bpe = time.time()
     tokenizer = make_tokenizer(args, first, is_all)
-    seconds_of_bpe = time.time() - start_of_bpe
     print(f"prepare: {tokenizer['encoding']} of {tokenizer['vocab_size']} tokens -> {out}")
     fields = write_bins(out, args, tokenizer, itertools.chain(first, documents), val)
     meta = tokenizer | fields | dict(source=args.paths, unicode=unicodedata.unidata_version)
     temporary_path(out / "meta.json").write_text(json.dumps(meta, indent=1))
     for name in OUTPUTS:
         os.replace(temporary_path(out / name), os.path.realpath(out / name))
-    return meta, time.time() - start - seconds_of_bpe
+    return meta
 
 
 # ---- What is printed -----------------------------------------------------------------------------
@@ -375,21 +362,19 @@ def next_commands(out, meta):
     return "\n".join([f"\nTo train on it ({where}):\n", *lines])
 
 
-# ---- The script ----------------------------------------------------------------------------------
-
-
 def main():
     """Runs the script with the options of the command line."""
     args = parse_arguments()
     out = output_folder(args)
     train, val = open_sources(args)
     is_new = not out.exists()
+    start = time.time()
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock(out)
         spare_other_corpus(out, args)
         try:
-            meta, seconds = prepare(args, out, train, val)
+            meta = prepare(args, out, train, val)
         finally:
             for name in OUTPUTS:
                 temporary_path(out / name).unlink(missing_ok=True)
@@ -398,6 +383,7 @@ def main():
     except OSError as error:
         raise UserError(f"cannot write --out={out} ({error})") from None
     total = sum(meta["tokens"].values())
+    seconds = time.time() - start
     speed = f"{total / seconds / 1e6:.2f} million a second"  # bench/speed.py reads this line
     print(f"{total:,} tokens in {seconds:.1f} seconds, {speed}")
     for split, tokens in meta["tokens"].items():

@@ -334,7 +334,7 @@ def test_a_file_in_a_folder_of_no_permission_is_told(tmp_path, monkeypatch):
     write(tmp_path / "in/a.txt", "a")
     write(tmp_path / "in/b.txt", "b")
     access = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: path[-5:] != "b.txt" and access(path, mode))
+    monkeypatch.setattr(os, "access", lambda path, mode: path[-5] != "b" and access(path, mode))
     assert read(tmp_path / "in") == ["a"]
     assert "left out (unreadable, a pipe or a device): 1" in report_of(tmp_path / "in")
 
