@@ -23,9 +23,8 @@ NO_TOKEN = -1
 def train_bpe(texts, vocab_size):
     """Learns a BPE from the first texts of an iterable: see BPE_SAMPLE and WORD_SAMPLE.
 
-    Returns ranks and size. ranks holds the tokens in the file format of tiktoken: a line for each,
-    with its bytes in base64 and its rank. size is the number of tokens with end-of-text, which is
-    not in ranks: vocab_size, or less if no other pair occurs twice.
+    Returns ranks and size. ranks holds the tokens in the file format of tiktoken: base64 and rank.
+    size counts end-of-text too: it is vocab_size, or less if no other pair occurs twice.
     """
     words = Words(count_words(texts))
     for _ in tqdm(range(vocab_size - 257), desc="bpe", mininterval=1):

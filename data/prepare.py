@@ -43,7 +43,6 @@ from data.bpe import train_bpe
 from data.embedded import EMBEDDED
 from data.reading import OUTPUTS, Reader
 from engine.checkpoint import temporary_path
-from engine.config import TINY
 from engine.corpus import GPT2, load_encoding
 from engine.script import UserError, lock, run_script
 
@@ -55,16 +54,10 @@ GPU_ROW = 1024  # tokens in a row of the preset small
 TEXT_ROW = 32  # tokens in a row of running text, on a CPU
 
 
-# ---- Options -------------------------------------------------------------------------------------
-
-
 def parse_arguments():
     """Returns the options of the command line. A wrong one ends the script with exit code 2."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     text = "an embedded corpus (default: names), or files, folders and pipes"
     add("paths", nargs="*", default=["names"], metavar="names|docs|PATH", help=text)
@@ -91,8 +84,7 @@ def parse_arguments():
     name = args.paths[0]
     # A file or folder of that name comes first, except for the docs of this project.
     is_path = Path(name).exists() and Path(name).resolve().parent != ROOT
-    is_embedded = name in EMBEDDED and len(args.paths) == 1 and not is_path
-    args.embedded = name if is_embedded else None
+    args.embedded = name if args.paths[1:] == [] and name in EMBEDDED and not is_path else None
     if args.embedded and args.lines:
         parser.error(f"--lines is for text files; {name} has documents")
     return args
@@ -109,14 +101,12 @@ def output_folder(args):
 
 def spare_other_corpus(out, args):
     """Raises UserError if out holds files that the user may not know to be there."""
-    if not (out / "train.bin").exists():
-        return
-    if not (out / "meta.json").exists():
+    if (out / "train.bin").exists() and not (out / "meta.json").exists():
         raise UserError(f"{out} holds a train.bin of another program; give another --out")
     try:
         source = json.loads((out / "meta.json").read_text())["source"]
-    except (ValueError, KeyError, TypeError):
-        return  # damaged
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # it is missing or damaged
     if not args.out and source != args.paths:
         paths = ", ".join(map(str, source))
         raise UserError(f"{out} holds a corpus of {paths}; --out={out} replaces it")
@@ -129,7 +119,6 @@ def open_sources(args):
     """
     val = Reader([args.val], args.lines) if args.val else None
     if args.embedded:
-        print("prepare: names take a few seconds, docs take half a minute", flush=True)
         documents = EMBEDDED[args.embedded]()
         return tqdm(documents, desc="read", unit=" documents", mininterval=1), val
     train = Reader(args.paths, args.lines)
@@ -179,9 +168,6 @@ def choose_splits(documents, val, val_fraction, digest):
             yield "val" if position < share * 2**64 else "train", text
 
 
-# ---- Tokens --------------------------------------------------------------------------------------
-
-
 def encode(encoding, text):
     """Returns the token ids of text as an array, without an end-of-text token."""
     try:
@@ -223,7 +209,7 @@ def write_bins(out, args, tokenizer, documents, val):
     """Encodes all documents into train.bin.tmp and val.bin.tmp in the folder out.
 
     documents, val: iterables of strings. val is None if a share of the others is val.
-    args: with args.val_fraction and args.is_few, which asks for the end of the text as val.
+    args: if args.is_few, the end of the text is that share.
 
     Returns the fields of meta.json that follow from the text. Raises UserError if a source is
     unusable or a split gets no document, and OSError if out cannot be written.
@@ -257,21 +243,15 @@ def write_bins(out, args, tokenizer, documents, val):
             raise UserError(f"{split} gets no document; give --val=FILE, or another --val_fraction")
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    return {
-        "dtype": dtype,
-        "layout": layout,
-        "tokens": dict(tokens),
-        "documents": dict(number),
-        "sha256": digest.hexdigest(),
-        "longest": longest,  # tokens in a row. 1% of the documents are longer.
-    }
+    # Training on documents has rows of the length "longest".
+    fields = dict(dtype=dtype, layout=layout, tokens=dict(tokens), documents=dict(number))
+    return fields | dict(sha256=digest.hexdigest(), longest=longest)
 
 
 def cut_off_val(paths, dtype, eot, val_fraction, is_between):
     """Moves the end of the train file to the val file: whole documents if is_between, else tokens.
 
-    Returns the numbers of tokens and of documents, two dicts by split. Raises UserError if there
-    is no place to cut.
+    Returns the numbers of tokens and of documents: two dicts by split. Raises UserError.
     """
     ids = np.memmap(paths["train"], dtype, "r")
     cut = min(max(round(len(ids) * (1 - val_fraction)), 1), len(ids) - 1)
@@ -328,7 +308,7 @@ def next_commands(out, meta):
         both += " --device=cpu"  # untried on the GPU of a Mac
     row = min(TEXT_ROW, tokens - 1)  # a row of the GPT has one token more
     is_stream = meta["layout"] == "stream"
-    block_size = 8 if is_stream else TINY["block_size"]
+    block_size = 8 if is_stream else LONGEST_ROW
     if meta["encoding"] == "gpt2":
         block_size = GPU_ROW
         where = "on a GPU"
@@ -391,10 +371,8 @@ def main():
     for source in (train, val):
         if isinstance(source, Reader):
             print("\n".join(source.report()))
-    print(
-        f"sha256 {meta['sha256'][:16]}, Unicode {meta['unicode']}, layout {meta['layout']}, "
-        f"99% of documents have at most {meta['longest']:,} tokens"
-    )
+    longest = f"99% of documents have at most {meta['longest']:,} tokens"
+    print(f"sha256 {meta['sha256'][:16]}, layout {meta['layout']}, {longest}")
     if args.is_few and not args.lines:
         print("If each line is a text of its own, prepare it again with --lines.")
     print(next_commands(out, meta))

@@ -33,8 +33,7 @@ SEPARATOR = "<|endoftext|>"  # divides documents in text files
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 OUTPUTS = ("train.bin", "val.bin", "meta.json")  # what prepare.py writes
 SYSTEM_FILES = ("__MACOSX", "Thumbs.db", "desktop.ini")
-# What damaged files raise. RuntimeError is of a password, of an unknown compression, and of an
-# archive that holds itself.
+# What damaged files raise. RuntimeError is of a password, or of an archive that holds itself.
 DAMAGE = (EOFError, OSError, RuntimeError, tarfile.TarError, zipfile.BadZipFile)
 DAMAGE += (lzma.LZMAError, zlib.error)
 UNDECODABLE = "signs U+FFFD, for bytes that are no UTF-8 (iconv -f LATIN1 -t UTF-8 converts them)"
@@ -79,10 +78,8 @@ class Reader:
                 continue
             visited.add(os.path.realpath(parent))
             folders[:] = [name for name in sorted(folders) if self.is_wanted(name, parent)]
-            for name in sorted(names):
+            for name in [name for name in sorted(names) if self.is_wanted(name, parent)]:
                 path = os.path.join(parent, name)
-                if not self.is_wanted(name, parent):
-                    continue
                 if os.path.isfile(path) and os.access(path, os.R_OK):
                     yield path
                 else:
@@ -90,14 +87,12 @@ class Reader:
 
     def is_wanted(self, name, parent):
         """Returns whether to read what has this name in a folder or archive. If not, notes it."""
-        reason = None
-        if name.startswith(".") or name.endswith("~") or name in SYSTEM_FILES:
-            reason = "hidden or of the system"
-        elif name.removesuffix(".tmp") in OUTPUTS:
-            reason = "written by prepare.py"
-        if reason:
+        is_junk = name.startswith(".") or name.endswith("~") or name in SYSTEM_FILES
+        is_output = name.removesuffix(".tmp") in OUTPUTS
+        if is_junk or is_output:
+            reason = "hidden or of the system" if is_junk else "written by prepare.py"
             self.leave_out(reason, f"{parent}/{name}")
-        return not reason
+        return not (is_junk or is_output)
 
     def leave_out(self, reason, name):
         self.notes[f"left out ({reason})"][name] += 1
@@ -106,9 +101,8 @@ class Reader:
         """Returns lines that say what was read, replaced, skipped and left out."""
         lines = [f"files read: {self.files_read:,}"]
         for note, names in self.notes.items():
-            names = +names  # without zeros
             more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-            lines += [f"{note}: {names.total():,}, of {name}{more}" for name in list(names)[:1]]
+            lines.append(f"{note}: {names.total():,}, of {next(iter(names))}{more}")
         return lines
 
     def __iter__(self):
@@ -194,7 +188,8 @@ class Reader:
             unusable += text is None
             if text:
                 documents += 1
-                self.notes[UNDECODABLE][name] += text.count("\ufffd")
+                if "\ufffd" in text:
+                    self.notes[UNDECODABLE][name] += text.count("\ufffd")
                 yield text
 
         if suffix == ".json" and not is_named and not documents:
@@ -208,7 +203,8 @@ class Reader:
             self.leave_out("empty", name)
         else:
             self.files_read += 1
-            self.notes["skipped unusable lines"][name] += unusable
+            if unusable:
+                self.notes["skipped unusable lines"][name] = unusable
 
 
 # ---- Bytes ---------------------------------------------------------------------------------------
@@ -297,8 +293,7 @@ def members_of_tar(stream):
 
     The file is None for links and devices. Raises DAMAGE if the archive is damaged.
     """
-    options = dict(mode="r|", bufsize=READ, tarinfo=StrictTarInfo)
-    with tarfile.open(fileobj=stream, **options) as archive:
+    with tarfile.open(None, "r|", stream, READ, tarinfo=StrictTarInfo) as archive:
         for member in archive:
             if not member.isdir():
                 yield member.name, archive.extractfile(member) if member.isfile() else None
@@ -362,18 +357,12 @@ def split_text(first, file, lines):
 
 
 def text_of(line):
-    """Returns the field "text" of a JSON object, or None if there is no such string.
-
-    Returns "" for a blank line.
-    """
+    """Returns the field "text" of a JSON object, "" for a blank line, or None if there is none."""
     if line.isspace():
         return ""
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    text = value.get("text") if isinstance(value, dict) else None
-    if not isinstance(text, str):
+        raw = json.loads(line)["text"].encode("utf-16", "surrogatepass")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     # JSON can hold half of a surrogate pair. UTF-8 cannot encode it, so it is replaced.
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return raw.decode("utf-16", "replace")
