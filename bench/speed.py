@@ -693,7 +693,7 @@ def preparing(options, folder):
     data/prepare.py takes turns with bare tiktoken on the same text."""
     meta = json.loads((Path(options.data) / "meta.json").read_text())
     if options.text:
-        documents = [text for text, _ in Reader([options.text])]
+        documents = list(Reader([options.text]))
     else:
         documents = list(docs()) * 4
     cores = sorted(os.sched_getaffinity(0))
