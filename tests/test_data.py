@@ -1,27 +1,27 @@
-"""data/prepare.py: what it writes and prints, and the rows that training makes of it."""
+"""data/prepare.py and data/embedded.py: what is written and printed."""
 
 import argparse
 import gzip
 import hashlib
+import importlib.util
 import json
 import os
 import shlex
 import subprocess
 import sys
+import sysconfig
 import threading
 import unicodedata
-from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-import engine.corpus
-from data.embedded import docstring_paragraphs, is_prose, names
+from data.embedded import docs, docstring_paragraphs, is_prose, names
 from engine.corpus import GPT2, Corpus, load_encoding
 from engine.config import UserError
 from tests.helpers import ROOT, load, refuse, run_module, script, write_jsonl
-from textldm import CONTEXT, TAIL_WEIGHT, TARGET
 
 SMALL_BPE = ["--encoding=bpe", "--vocab_size=280"]
 
@@ -83,7 +83,6 @@ def test_any_text_comes_back_in_its_order(tmp_path, monkeypatch, encoding):
     texts += ["".join(map(chr, rng.integers(0xE000, 0x110000, 50))) for _ in range(50)]
     if encoding == "gpt2":
         need_gpt2()
-        texts.append(" " * 10**6)  # too much for tiktoken at once
     source = write_jsonl(tmp_path / "in.jsonl", texts)
     val = write_jsonl(tmp_path / "val.jsonl", texts[::-1])
     module = load("data/prepare.py")
@@ -95,7 +94,19 @@ def test_any_text_comes_back_in_its_order(tmp_path, monkeypatch, encoding):
     assert texts_of(tmp_path / "out", "train") == [*expected, b""]
     assert texts_of(tmp_path / "out", "val") == [*expected[::-1], b""]
     digest = hashlib.sha256(b"".join(text + b"\0" for text in expected + expected[::-1]))
-    assert meta_of(tmp_path / "out")["sha256"] == digest.hexdigest()
+    meta = meta_of(tmp_path / "out")
+    assert meta["sha256"] == digest.hexdigest() and meta["dtype"] == "uint16"
+
+
+def test_what_tiktoken_refuses_is_encoded_in_halves():
+    class OfShortTexts:
+        def encode_to_numpy(self, text, disallowed_special):
+            if len(text) > 2:
+                raise ValueError
+            return np.frombuffer(text.encode(), np.uint8)
+
+    found = load("data/prepare.py").encode(OfShortTexts(), "abcdefg")
+    assert found.tolist() == list(b"abcdefg")
 
 
 def numbered(n):
@@ -425,67 +436,16 @@ def test_prose_is_found_in_docstrings(tmp_path):
     assert [is_prose(text) for text in found] == [False, False, *PROSE.values()]
 
 
-# ---- Rows ----------------------------------------------------------------------------------------
-
-
-def test_nanogpt_bins_are_gpt2_streams(tmp_path, monkeypatch):
-    np.arange(1000, dtype=np.uint16).tofile(tmp_path / "train.bin")
-    monkeypatch.setattr(engine.corpus, "load_encoding", lambda tokenizer, source="": tokenizer)
-    corpus = Corpus(tmp_path, "train", 64)
-    assert corpus.encoding["encoding"] == "gpt2" and corpus.is_stream
-    batch = corpus.batch(np.random.default_rng(0), 16, 32)
-    assert (batch.tokens.diff(dim=1) == 1).all() and batch.counted.all()
-    assert len(set(batch.tokens[:, 0].tolist())) > 8
-
-
-def test_a_row_is_a_document_cut_in_two_and_a_tail(home):
-    corpus = Corpus(home / "data", "train", 64)
-    documents = {text.decode() for text in texts_of(home / "data", "train")}
-    batch = corpus.batch(np.random.default_rng(0), 500, 64)
-    empty = inside_words = 0
-    for row, segment, weight in zip(batch.tokens, batch.segment, batch.weight):
-        n = row.tolist().index(corpus.eot) + 1
-        ids, segment = row[: n - 1], segment[: n - 1]
-        context, target = [
-            corpus.encoding.decode(ids[segment == side].tolist()) for side in (CONTEXT, TARGET)
-        ]
-        assert context + target in documents, "a cut inside a word loses no character"
-        assert corpus.encoding.encode(context) == ids[segment == CONTEXT].tolist()
-        assert (row[n - 1 :] == corpus.eot).all()
-        assert (weight[:n] == 1).all() and (weight[n:] == TAIL_WEIGHT).all()
-        empty += not context
-        inside_words += context[-1:].isalpha() and target[:1].isalpha()
-    assert empty > 40 and inside_words > 50
-    assert batch.targets.tolist() == np.flatnonzero(batch.segment.flatten() == TARGET).tolist()
-
-
-def test_only_beginnings_have_an_empty_context(home):
-    corpus = Corpus(home / "data", "train", 8)
-    beginnings = set()
-    for document in np.split(corpus.tokens, corpus.ends)[:-1]:
-        beginnings.add((*document.tolist(), *[corpus.eot] * 8)[:8])
-    batch = corpus.batch(np.random.default_rng(0), 500, 8)
-    rows = [tuple(row) for row in batch.tokens.tolist()]
-    empty = [row for row, segment in zip(rows, batch.segment) if (segment == TARGET).all()]
-    assert len(empty) > 20 and set(empty) <= beginnings
-    assert not set(rows) <= beginnings
-
-
-def test_documents_are_drawn_equally_often(home):
-    corpus = Corpus(home / "data", "train", 64)
-    batch = corpus.batch(np.random.default_rng(0), 20 * len(corpus.ends), 64)
-    seen = Counter(tuple(row) for row in batch.tokens.tolist())
-    assert len(seen) == len(corpus.ends) and max(seen.values()) < 60
-
-
-def test_fixed_batches_are_always_the_same(home):
-    a, b = [Corpus(home / "data", "val", 16).fixed_batches(2, "cpu") for _ in range(2)]
-    for one, other in zip(a, b):
-        assert (one.tokens == other.tokens).all() and (one.segment == other.segment).all()
-    assert a[0].tokens.tolist() != a[1].tokens.tolist()
-
-
-@pytest.mark.parametrize("change", [{"eot": 3}, {"vocab_size": 7}, {"bpe": "%%"}, {"bpe": ""}])
-def test_a_damaged_tokenizer_is_refused(home, change):
-    with pytest.raises(UserError, match="do not fit"):
-        load_encoding(Corpus(home / "data", "train", 8).tokenizer | change)
+def test_docs_are_paragraphs_of_packages_each_once(tmp_path, monkeypatch):
+    first = '"""The first paragraph is here.\n\nThe second paragraph is here."""'
+    files = {"a.py": first, "b/c.py": first.replace("here", "HERE")}
+    files["tests/d.py"] = first.replace("here", "in a test")
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "broken.py").write_text("def")
+    origin = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: origin)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    expected = ["The first paragraph is here.", "The second paragraph is here."]
+    assert list(docs()) == expected
