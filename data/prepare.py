@@ -43,8 +43,8 @@ from data.bpe import train_bpe
 from data.embedded import EMBEDDED
 from data.reading import OUTPUTS, Reader
 from engine.checkpoint import temporary_path
-from engine.corpus import GPT2, load_encoding
 from engine.config import UserError
+from engine.corpus import GPT2, load_encoding
 from engine.terminal import lock, run_script
 
 SMALL = 100 << 20  # characters. A text of up to this size gets a BPE of its own.
@@ -365,7 +365,7 @@ def main():
         raise UserError(f"cannot write --out={out} ({error})") from None
     total = sum(meta["tokens"].values())
     seconds = time.time() - start
-    speed = f"{total / seconds / 1e6:.2f} million a second"  # bench/speed.py reads this line
+    speed = f"{total / seconds / 1e6:.2f} million a second"
     print(f"{total:,} tokens in {seconds:.1f} seconds, {speed}")
     for split, tokens in meta["tokens"].items():
         print(f"{split}: documents {meta['documents'][split]:,}, tokens {tokens:,}")
