@@ -2,19 +2,13 @@
 
 import json
 import math
-import os
-import re
-import shutil
-import signal
-import subprocess
-import time
 
 import numpy as np
 import pytest
 import torch
 
 from bench.ngram import WordModel
-from tests.helpers import ROOT, load, refuse, run_module, script, write_jsonl
+from tests.helpers import load, refuse, run_module, script, write_jsonl
 from textldm import GPT, TransformerConfig
 
 NOUNS = ["cat", "dog", "bird", "fox", "owl"]
@@ -350,140 +344,3 @@ def test_speed_refuses_stages_that_do_not_exist(home, tmp_path, capsys):
     options = ["--parts=train", "--preset=small", *where]
     for stages in ("gpt,gan", "gpt quick", "gpt,gpt"):
         refuse(capsys, "--stages", "bench/speed.py", *options, f"--stages={stages}")
-
-
-# ---- The stages for a GPU
-
-STAGES = ("train", "judge", "speed", "compile")
-# In the place of Python: writes down each command, and makes the files that a script would.
-FAKE_PYTHON = """#!/bin/sh
-if [ "$1" = -c ]; then
-    echo "$GPU"
-    exit
-fi
-printf '%s\\t' "$@" >> commands
-echo >> commands
-for option; do
-    case $option in
-        --out=*.json) touch "${option#--out=}" ;;
-        --out=*) touch "${option#--out=}/train.bin" "${option#--out=}/eval.md" ;;
-    esac
-done
-if [ -n "$SLOW" ]; then
-    touch out/gpu/evaluator/gpt_last.pt
-    exec sleep 60
-fi
-"""
-
-
-class Copy:
-    """A folder with bench/gpu.sh and nothing else, where `python` is a fake."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        (folder / "bench").mkdir()
-        shutil.copy(ROOT / "bench/gpu.sh", folder / "bench")
-        (folder / "bin").mkdir()
-        (folder / "bin/python").write_text(FAKE_PYTHON)
-        (folder / "bin/python").chmod(0o755)
-        (folder / "books").touch()
-
-    def start(self, *arguments, **variables):
-        path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
-        return subprocess.Popen(
-            ["bash", self.folder / "bench/gpu.sh", *arguments],
-            cwd=self.folder,
-            env=dict(os.environ, PATH=path, GPU="True", **variables),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, *arguments, **variables):
-        """The exit code and what it says."""
-        process = self.start(*arguments, **variables)
-        out, error = process.communicate(timeout=60)
-        return process.returncode, out + error
-
-    def commands(self):
-        """The commands so far, as lists of arguments."""
-        path = self.folder / "commands"
-        if not path.exists():
-            return []
-        return [line.split("\t")[:-1] for line in path.read_text().splitlines()]
-
-
-@pytest.fixture
-def copy(tmp_path):
-    if not shutil.which("timeout"):
-        pytest.skip("bench/gpu.sh needs the command timeout")
-    return Copy(tmp_path)
-
-
-@pytest.mark.parametrize("dry", ["", "1"])
-def test_the_stages_for_a_gpu_name_scripts_and_options_that_exist(copy, dry, capsys):
-    for stage in ("prepare", *STAGES):
-        code, said = copy.run(stage, f"{copy.folder}/books", DRY=dry, NANOGPT="nano")
-        assert code == 0, said
-    commands = copy.commands()
-    helps = {}
-    for path, *arguments in commands:
-        stage = [a for a in arguments[:1] if path == "variants/cola_dlm.py"]
-        if (path, *stage) not in helps:
-            capsys.readouterr()
-            script(path, *stage, "--help")
-            helps[path, *stage] = capsys.readouterr().out
-        for argument in arguments:
-            name = re.match("--[a-z_-]+", argument)
-            if name:
-                known = re.findall(r"--[\w-]+", helps[path, *stage])
-                assert name[0] in known, f"{path} {argument}"
-    assert len(helps) == 9, "prepare.py, six ways of training, evaluate.py and speed.py"
-
-
-def test_the_stages_for_a_gpu_are_not_done_again(copy):
-    for stage in ("prepare", *STAGES):
-        assert copy.run(stage, "books")[0] == 0
-        before = copy.commands()
-        code, said = copy.run(stage, "books")
-        assert code == 0 and "done" in said
-        assert copy.commands() == before
-
-
-@pytest.mark.parametrize("how", ["time", "signal"])
-def test_a_stage_for_a_gpu_goes_on_where_it_stopped(copy, how):
-    assert copy.run("prepare", "books")[0] == 0
-    process = copy.start("train", SLOW="1", LIMIT="5" if how == "time" else "500")
-    last = copy.folder / "out/gpu/evaluator/gpt_last.pt"
-    deadline = time.time() + 30
-    while not last.exists() and time.time() < deadline:
-        time.sleep(0.05)
-    if how == "signal":
-        process.send_signal(signal.SIGTERM)
-    out, error = process.communicate(timeout=30)
-    assert process.returncode == 3, out + error
-    assert "the same call goes on" in out
-    assert not list(copy.folder.rglob("*.done"))
-    stopped = copy.commands()[-1]
-    assert "--resume" not in stopped
-    assert copy.run("train")[0] == 0
-    assert set(copy.commands()[2]) == {*stopped, "--resume"}
-    assert len(copy.commands()) == 9, "prepare, the one that was stopped, and all seven"
-
-
-def test_the_stages_for_a_gpu_say_what_is_missing(copy):
-    def refuses(words, *arguments, **variables):
-        code, said = copy.run(*arguments, **variables)
-        assert code == 2
-        assert words in said and said.startswith("error:") and said.count("\n") == 1
-
-    refuses("name a stage")
-    refuses("name a stage", "tain")
-    refuses("name a file or a folder", "prepare")
-    refuses("name a file or a folder", "prepare", "missing")
-    refuses("no books", "train")
-    assert copy.run("prepare", "books")[0] == 0
-    refuses("train comes first", "judge")
-    (copy.folder / "bin/python").write_text("#!/bin/sh\necho False\n")
-    for stage in STAGES:
-        refuses(f"no GPU here; DRY=1 bash bench/gpu.sh {stage}", stage)
