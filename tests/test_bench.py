@@ -2,12 +2,14 @@
 
 import json
 import math
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from bench.ngram import WordModel
+from bench.speed import cached_gpt, median_of
 from tests.helpers import load, refuse, run_module, script, write_jsonl
 from textldm import GPT, TransformerConfig
 
@@ -309,38 +311,43 @@ def test_a_gpt_with_a_cache_writes_what_it_does_without():
     gpt = GPT(TransformerConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=50))
     for name, p in gpt.named_parameters():
         p.data = 0.5 * torch.randn(p.shape) + (".ln_" in f".{name}" and name.endswith("weight"))
-    prompts = torch.randint(0, 50, (2, 5))
-    expected = []
-    with torch.no_grad():
-        for row in prompts.tolist():
-            while len(row) < 12:
-                row.append(gpt(torch.tensor([row]))[0, -1].argmax().item())
-            expected.append(row[5:])
-    found = load("bench/speed.py").cached_gpt(gpt, prompts, 7, torch.float32)
-    assert found.tolist() == expected
-    assert len({*expected[0], *expected[1]}) > 3
+    rows = []
+    for prompt in torch.randint(0, 50, (2, 1, 5)):
+        row = prompt[0].tolist()
+        while len(row) < 12:
+            row.append(gpt(torch.tensor([row]))[0, -1].argmax().item())
+        found = cached_gpt(gpt, prompt, 7, torch.float32)
+        assert found.tolist() == [row[5:]]
+        rows += row
+    assert len(set(rows)) > 10
 
 
-def test_speed_tells_what_each_system_computes(home, tmp_path, capsys):
-    options = ["--parts=sample", "--rounds=1", "--lengths=5", "--batches=2", "--device=cpu"]
-    out = tmp_path / "speed.json"
+def test_speed_tells_the_milliseconds_of_a_step_and_tokens_a_second(home, monkeypatch, capsys):
+    """Each step is said to take 0.25 seconds, and each text of 5 tokens as long."""
     module = load("bench/speed.py")
-    module.PROMPT = 40  # a shorter prompt than it measures
-    run_module(module, "bench/speed.py", *options, "--data", home / "data", "--out", out)
-    rows = json.loads(out.read_text())["sample"]
-    evaluations = {row["system"]: row["evaluations"] for row in rows}
-    assert evaluations["textldm, 20 steps"] == 20
-    assert evaluations["blocks of 4, 20 steps"] == 40
-    assert evaluations["gpt, static cache"] == 5
-    for row in rows:
-        assert row["memory_mb"] >= 0
-        assert row["new_tokens"] == 5
-        assert row["prompts"] == 2
-    assert "| textldm, 50 steps | 2 | 5 |" in capsys.readouterr().out
+    calls = []
+
+    def median_of(work):
+        calls.append(work())
+        return 0.25
+
+    monkeypatch.setattr(module, "median_of", median_of)
+    where = ["--data", home / "data", "--out", home / "out"]
+    run_module(module, "bench/speed.py", *where, "--new=5", "--device=cpu")
+    out = capsys.readouterr().out
+    for stage in ("gpt", "vae", "dit"):
+        assert f"| {stage} | 250 |" in out
+    for prompt in (16, 256):
+        for system in ("TextLDM", "GPT"):
+            assert f"| {prompt} tokens | {system} | 20.0 |" in out
+    assert [len(texts[0]) <= 5 for texts in calls[3:]] == [True] * 4
+    assert "torch" in out.splitlines()[0] and "commit" in out.splitlines()[0]
 
 
-def test_speed_refuses_stages_that_do_not_exist(home, tmp_path, capsys):
-    where = ["--data", home / "data", "--out", tmp_path / "speed.json", "--device=cpu"]
-    options = ["--parts=train", "--preset=small", *where]
-    for stages in ("gpt,gan", "gpt quick", "gpt,gpt"):
-        refuse(capsys, "--stages", "bench/speed.py", *options, f"--stages={stages}")
+def test_a_median_is_of_the_seconds_of_a_call():
+    assert 0.02 < median_of(lambda: time.sleep(0.02), 0.1) < 0.05
+
+
+def test_speed_says_what_is_missing(home, tmp_path, capsys):
+    where = ["--data", home / "data", "--out", tmp_path]
+    refuse(capsys, "gpt.pt is missing; train it", "bench/speed.py", *where)
