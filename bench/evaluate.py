@@ -1,4 +1,4 @@
-"""Judges continuations: TextLDM beside the autoregressive GPT, between real text and floors.
+"""Judges continuations: TextLDM beside the autoregressive GPT, between real text and a floor.
 
     python baselines/gpt.py --seed=1234 --n_layer=6 --n_head=4 --n_embd=256 --max_steps=1000 \\
         --out=out/evaluator                               # the judge, once
@@ -10,13 +10,10 @@ Validation documents are cut in prompt and reference. Every system continues the
 within the same length, to the end of text. No one number tells how good the texts are. NLL and
 entropy must both be those of real text, because a system that collapses has a low NLL at a low
 entropy. NLL says that a text is fluent, not that it is relevant. ROUGE rewards frequent words. So
-the table has rows that are bad in a known way, its floors, and rows of models:
+the table has a row that is bad in a known way, its floor, and rows of models:
 
     real      the references. Their MAUVE is that of two disjoint halves: the ceiling
-    other     references of other prompts: fluent, unrelated
     unigram   words of the training text, drawn independently: no order
-    tokens    tokens of the training text, drawn independently
-    prompt    the prompt once more
     gpt       the autoregressive baseline (gpt:CHECKPOINT)
     masked    masked diffusion (masked:CHECKPOINT)
     textldm   a folder with dit.pt and vae.pt, or a checkpoint of any kind with vae.pt beside it
@@ -83,7 +80,7 @@ class EvalConfig:
     unprompted: bool = option(False, "empty prompts: whole documents, compared with whole ones")
     seed: int = option(1, "of the benchmark, of the texts and of the intervals", 0, 2**31)
     systems: str = option(
-        "real,other,unigram,prompt,gpt,textldm", "rows of the table: [LABEL=]KIND[:PATH], ..."
+        "real,unigram,gpt,textldm", "rows of the table: [LABEL=]KIND[:PATH], ..."
     )
     texts: str = option(
         "", 'what another system wrote: JSON lines {"prompt", "text"}, matched by prompt'

@@ -73,7 +73,7 @@ seed() {
 both_seeds
 
 # Rows of the table, as LABEL=KIND:PATH. A label has no "=", ":" or ",", and ends with the seed.
-systems=real,other,unigram,tokens,prompt
+systems=real,unigram
 for s in 1 2; do
     systems+=",GPT $s=gpt:$out/s$s/gpt.pt"
     systems+=",GPT with more steps $s=gpt:$out/long$s/gpt.pt"
@@ -95,5 +95,5 @@ judge() {
 judge --out=$out --cfg=3 --systems="$systems"
 if [ $corpus = names ]; then
     # Whole names, from empty prompts.
-    judge --out=$out/unprompted --unprompted --cfg=1 --systems="${systems/,prompt/}"
+    judge --out=$out/unprompted --unprompted --cfg=1 --systems="$systems"
 fi

@@ -1,4 +1,4 @@
-"""The systems that bench/evaluate.py compares: real text, floors, texts of others, and models.
+"""The systems that bench/evaluate.py compares: real text, a floor, texts of others, and models.
 
 A system has `knobs`, a list of the settings to choose from (dicts), and `write`.
 """
@@ -10,13 +10,13 @@ import numpy as np
 
 from baselines.gpt import generate
 from engine.checkpoint import build, load_checkpoint, load_gpt_state
-from engine.corpus import Corpus, encode
+from engine.corpus import Corpus
 from engine.prompts import read_lines
 from engine.script import UserError
 from textldm import GPT, Sampling, TransformerConfig
 from variants.writers import load_writer
 
-KINDS = "real, other, unigram, tokens, prompt, gpt, masked, textldm or texts"
+KINDS = "real, unigram, gpt, masked, textldm or texts"
 
 
 def make_system(kind, path, options, corpus, device):
@@ -24,12 +24,6 @@ def make_system(kind, path, options, corpus, device):
     UserError."""
     if kind == "real":
         return References()
-    if kind == "other":
-        return OtherReferences()
-    if kind == "prompt":
-        return PromptAgain()
-    if kind == "tokens":
-        return RandomTokens(options.data, corpus)
     if kind == "unigram":
         return RandomWords(options.data, corpus)
     if kind == "texts":
@@ -71,39 +65,6 @@ class System:
 class References(System):
     def write(self, lines, knob, seed):
         return [(line["reference"], line["ended"]) for line in lines], 0
-
-
-class OtherReferences(System):
-    """References of other prompts: fluent and unrelated."""
-
-    def write(self, lines, knob, seed):
-        return [(line["next"], True) for line in lines], 0
-
-
-class PromptAgain(System):
-    def write(self, lines, knob, seed):
-        return [(" " + line["prompt"], True) for line in lines], 0
-
-
-class RandomTokens(System):
-    """Tokens of the training text, drawn independently. A text has as many as another prompt's
-    reference."""
-
-    def __init__(self, folder, corpus):
-        self.corpus = corpus
-        tokens = Corpus(folder, "train", 2).tokens
-        counts = np.bincount(tokens, minlength=corpus.meta["vocab_size"]).astype(float)
-        counts[corpus.eot] = 0
-        self.p = counts / counts.sum()
-
-    def write(self, lines, knob, seed):
-        rng = np.random.default_rng(seed)
-        rows = []
-        for line in lines:
-            size = len(encode(self.corpus.encoding, line["next"]))
-            ids = rng.choice(len(self.p), size, p=self.p).tolist()
-            rows.append(ids + [self.corpus.eot])
-        return decode(rows, self.corpus), 0
 
 
 class RandomWords(System):
