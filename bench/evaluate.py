@@ -30,6 +30,7 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,6 +97,9 @@ class EvalConfig:
     top_p: str = option("0.9,1", "nuclei of the GPT to choose from")
     clusters: int = option(50, "of MAUVE; only equal ones compare", 2)
     batch_size: int = option(250, "prompts at once", 1)
+    likeness: bool = option(
+        False, "columns of ROUGE and BERTScore too: pip install rouge-score bert-score"
+    )
     device: str = option("auto", "cpu, cuda, mps, or auto")
 
 
@@ -297,18 +301,16 @@ class Judge:
         points = [self.point(measured, self.choosing) for measured in tried]
         best = choose(points, self.point(self.truth, self.choosing))
         measured = tried[best]
-        scores = rouge(measured.texts[self.reporting], self.truth.texts[self.reporting])
-        row = dict(knob=system.knobs[best], **self.row(measured, scores))
+        row = dict(knob=system.knobs[best], **self.row(measured))
         per_text = dict(
             texts=measured.texts[self.reporting],
             nll=measured.nll[self.reporting].tolist(),
             tokens=measured.tokens[self.reporting].tolist(),
-            rouge_1=scores if isinstance(scores, str) else [row[0] for row in scores],
         )
         return row, frontier, per_text
 
-    def row(self, measured, scores):
-        """The columns of a system, of the reported half. scores are those of rouge."""
+    def row(self, measured):
+        """The columns of a system, of the reported half."""
         part = self.reporting
         rng = self.rng
         texts = measured.texts[part]
@@ -326,12 +328,14 @@ class Judge:
         pairs = measured.pairs[part]
         row["distinct_2"] = at_equal_count(different, pairs, self.count_of_pairs, rng)
         row["mauve"] = mauve(real, measured.features[part], self.clusters, rng)
-        row["rouge"] = scores
-        if not isinstance(scores, str):
-            row["rouge"] = [interval(np.array(column), rng) for column in zip(*scores)]
-        row["bertscore"] = bert_score(texts, self.truth.texts[part])
-        if not isinstance(row["bertscore"], str):
-            row["bertscore"] = interval(row["bertscore"], rng)
+        if self.options.likeness:
+            references = self.truth.texts[part]
+            scores = rouge(texts, references)
+            for i, name in enumerate(("rouge_1", "rouge_2", "rouge_l")):
+                row[name] = interval(scores[:, i], rng)
+            likeness = bert_score(texts, references)
+            is_absent = isinstance(likeness, str)
+            row["bertscore"] = likeness if is_absent else interval(likeness, rng)
         row["copied_prompt"], row["copied_train"] = copied(texts, prompts, self.training)
         row["words_known"], row["copies"] = known(texts, prompts, self.training)
         row["repeated"] = repeated(texts, prompts)
@@ -418,6 +422,9 @@ def judge_all(judge, systems, ours):
 
 def main():
     (options,) = command_line(__doc__, EvalConfig)
+    missing = [name for name in ("rouge_score", "bert_score") if not find_spec(name)]
+    if options.likeness and missing:
+        raise UserError("--likeness needs more packages: pip install rouge-score bert-score")
     device, _ = pick_device(options.device)
     name_evaluator(options)
     corpus = Corpus(options.data, "val", 1024)

@@ -92,20 +92,26 @@ def words_of(text):
 
 
 def rouge(texts, references):
-    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L of each text (n lists of three), times 100; without
-    stemming."""
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        return "pip install rouge-score"
-    if not any(words_of(reference) for reference in references):
-        return "no reference has a word"
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False, tokenizer=Words())
+    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L of each text (n, 3), times 100; without stemming."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=Words())
     rows = []
     for text, reference in zip(texts, references):
         scores = scorer.score(reference, text)
         rows.append([100 * score.fmeasure for score in scores.values()])
-    return rows
+    return np.array(rows)
+
+
+def bert_score(texts, references):
+    """F1 of BERTScore (n,), times 100, by roberta-large, which reads English."""
+    import bert_score as package
+
+    try:
+        _, _, f1 = package.score(texts, references, lang="en")
+    except OSError:  # transformers finds no file
+        return "roberta-large is not on this machine"
+    return 100 * f1.numpy()
 
 
 def mauve(real, features, clusters, rng):
@@ -147,29 +153,6 @@ def quiet_mauve(package, p, q, clusters):
         os.dup2(stderr, 2)
         os.close(stderr)
         os.close(null)
-
-
-def bert_score(texts, references):
-    """F1 of BERTScore (n,), times 100, where its weights are on this machine. They are of English.
-    An empty text has 0."""
-    letters = regex.findall(r"\p{L}", "".join(references))
-    if sum(letter.isascii() for letter in letters) <= len(letters) / 2:
-        return "its model reads English"
-    rows = [i for i, pair in enumerate(zip(texts, references)) if all(x.strip() for x in pair)]
-    if not rows:
-        return "all texts are empty"
-    try:
-        import bert_score as package
-
-        some = [texts[i] for i in rows], [references[i] for i in rows]
-        _, _, f1 = package.score(*some, lang="en")
-    except ImportError:
-        return "pip install bert-score"
-    except OSError:  # transformers finds no file
-        return "roberta-large is not on this machine"
-    scores = np.zeros(len(texts))
-    scores[rows] = 100 * f1.numpy()
-    return scores
 
 
 # ---- Diversity -----------------------------------------------------------------------------------
@@ -315,8 +298,8 @@ def interval(values, rng, weights=None, repeats=1000):
 
 
 def difference(a, b, rng, repeats=1000):
-    """How much more NLL per token and ROUGE-1 texts a have than texts b on the same prompts. For
-    each, the mean and half the width of the paired bootstrap's 95% interval."""
+    """How much more NLL per token texts a have than texts b on the same prompts: the mean, and half
+    the width of the paired bootstrap's 95% interval."""
     n = len(a["nll"])
     draw = rng.integers(n, size=(repeats, n))
     every = np.arange(n)
@@ -325,18 +308,9 @@ def difference(a, b, rng, repeats=1000):
         tokens = np.array(texts["tokens"])[i].sum(-1).clip(min=1)
         return np.array(texts["nll"])[i].sum(-1) / tokens
 
-    def mean_rouge_1(texts, i):
-        return np.array(texts["rouge_1"])[i].mean(-1)
-
-    statistics = dict(nll=nll_per_token)
-    if not isinstance(a["rouge_1"], str):
-        statistics["rouge_1"] = mean_rouge_1
-    found = {}
-    for name, statistic in statistics.items():
-        low, high = np.percentile(statistic(a, draw) - statistic(b, draw), (2.5, 97.5))
-        mean = float(statistic(a, every) - statistic(b, every))
-        found[name] = mean, float(high - low) / 2
-    return found
+    low, high = np.percentile(nll_per_token(a, draw) - nll_per_token(b, draw), (2.5, 97.5))
+    mean = float(nll_per_token(a, every) - nll_per_token(b, every))
+    return mean, float(high - low) / 2
 
 
 # ---- Curves of NLL against entropy ---------------------------------------------------------------

@@ -17,10 +17,6 @@ COLUMNS = (
     "entropy",
     "distinct-2",
     "MAUVE",
-    "R-1",
-    "R-2",
-    "R-L",
-    "BERTScore",
     "4-grams of prompt",
     "of training",
     "words known",
@@ -31,12 +27,17 @@ COLUMNS = (
     "NFE",
     "seconds",
 )
+# Columns of --likeness.
+LIKENESS = dict(rouge_1="R-1", rouge_2="R-2", rouge_l="R-L", bertscore="BERTScore")
 
 
 def report_of(result, ours):
     """The text of eval.md, from the dict of eval.json. ours: the names of the rows that all others
     are compared with."""
-    lines = [describe(result), "", row_of(COLUMNS), "|" + "---|" * len(COLUMNS)]
+    columns = list(COLUMNS)
+    if result["setting"]["likeness"]:
+        columns += LIKENESS.values()
+    lines = [describe(result), "", row_of(columns), "|" + "---|" * len(columns)]
     for name, row in result["systems"].items():
         lines.append(row_of(cells_of(name, row)))
     if result["frontier"]:
@@ -71,10 +72,6 @@ def cell(x, digits=1):
 
 
 def cells_of(name, row):
-    if isinstance(row["rouge"], str):
-        rouges = [row["rouge"]] * 3
-    else:
-        rouges = [cell(x) for x in row["rouge"]]
     return [
         name,
         " ".join(f"{key} {value:g}" for key, value in row["knob"].items()),
@@ -84,8 +81,6 @@ def cells_of(name, row):
         cell(row["entropy"], 2),
         cell(row["distinct_2"]),
         cell(row["mauve"]),
-        *rouges,
-        cell(row["bertscore"]),
         f"{row['copied_prompt']:.1f}%",
         f"{row['copied_train']:.1f}%",
         f"{row['words_known']:.1f}%",
@@ -95,6 +90,7 @@ def cells_of(name, row):
         f"{100 * row['ended']:.0f}%",
         f"{row['evaluations']:.0f}",
         cell(row["seconds"]),
+        *[cell(row[name]) for name in LIKENESS if name in row],
     ]
 
 
@@ -106,7 +102,7 @@ def frontier_lines(result, ours):
         "Frontier: NLL a token at the entropy of real text (which has "
         f"{real['nll']:.2f} at {real['entropy']:.2f}), its perplexity as a multiple of the first "
         f"GPT's, and NLL a word by counts there (real text: {real['nll_word']:.2f}). Then how much "
-        "more NLL a token, and (ROUGE-1), a row has than a column, at the chosen knobs, paired by "
+        "more NLL a token a row has than a column, at the chosen knobs, paired by "
         "prompt:",
         "",
         "| " + row_of(["NLL there", "perplexity", "by counts", *[f"than {name}" for name in ours]]),
@@ -133,12 +129,7 @@ def nll_of_first_gpt(result):
 
 
 def difference_cell(difference):
-    if not difference:
-        return ""
-    text = cell(difference["nll"], 2)
-    if "rouge_1" in difference:
-        text += f" ({cell(difference['rouge_1'])})"
-    return text
+    return cell(difference, 2) if difference else ""
 
 
 def machine(device):

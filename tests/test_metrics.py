@@ -20,9 +20,7 @@ def lines_in(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-needs_rouge = pytest.mark.skipif(
-    isinstance(rouge(["a"], ["a"]), str), reason="pip install rouge-score"
-)
+needs_rouge = pytest.mark.skipif(find_spec("rouge_score") is None, reason="pip install rouge-score")
 needs_mauve = pytest.mark.skipif(find_spec("mauve") is None, reason="pip install mauve-text")
 
 
@@ -41,7 +39,7 @@ needs_mauve = pytest.mark.skipif(find_spec("mauve") is None, reason="pip install
     ],
 )
 def test_rouge_of_a_text_with_itself_is_100_in_every_script(text):
-    assert rouge([text], [text]) == [[100, 100, 100]]
+    assert rouge([text], [text]).tolist() == [[100, 100, 100]]
 
 
 @needs_rouge
@@ -52,7 +50,7 @@ def test_rouge_counts_words_of_any_script_and_characters_where_words_have_no_spa
     assert two == pytest.approx(50)
     ((one, _, _),) = rouge(["我喜欢猫"], ["我喜欢狗狗"])
     assert one == pytest.approx(100 * 2 * 3 / (4 + 5))
-    assert rouge(["na"], ["naïve"]) == [[0, 0, 0]], "no piece of a word is one"
+    assert rouge(["na"], ["naïve"]).tolist() == [[0, 0, 0]], "no piece of a word is one"
 
 
 @needs_rouge
@@ -63,12 +61,7 @@ def test_rouge_is_as_the_package_has_it_on_english():
     pairs = [("The cat's 2 dogs, ran_away!", "the cat 2 dogs ran"), ("a-b c", "a b c d")]
     for text, reference in pairs:
         expected = [100 * s.fmeasure for s in theirs.score(reference, text).values()]
-        assert rouge([text], [reference]) == [pytest.approx(expected)]
-
-
-def test_rouge_of_references_without_a_word_is_absent():
-    if find_spec("rouge_score"):
-        assert rouge(["!"], ["?"]) == "no reference has a word"
+        assert rouge([text], [reference])[0] == pytest.approx(expected)
 
 
 def test_mauve_of_one_cluster_is_absent():
@@ -85,37 +78,19 @@ def test_mauve_of_two_clusters_tells_two_sets_apart():
     assert same > 99 > 50 > other
 
 
-def bert_score_of(monkeypatch, score, texts, references):
+def test_bert_score_is_f1_times_100_or_says_what_it_lacks(monkeypatch):
+    def score(texts, references, lang):
+        assert lang == "en"
+        if texts == ["none"]:
+            raise OSError("roberta-large does not appear to have a file named config.json")
+        nothing = torch.zeros(len(texts))
+        return nothing, nothing, torch.tensor([0.25, 1.0])
+
     module = type(sys)("bert_score")
     module.score = score
     monkeypatch.setitem(sys.modules, "bert_score", module)
-    return bert_score(texts, references)
-
-
-def test_an_empty_text_has_no_likeness_and_the_others_have_theirs(monkeypatch):
-    def score(texts, references, lang):
-        assert all(texts) and all(references) and lang == "en"
-        f1 = [float(text == reference) for text, reference in zip(texts, references)]
-        return None, None, torch.tensor(f1)
-
-    texts, references = ["a cat", "", "a dog"], ["a cat", "a hen", "a pig"]
-    assert bert_score_of(monkeypatch, score, texts, references).tolist() == [100, 0, 0]
-    assert bert_score_of(monkeypatch, score, ["", " "], ["a", "b"]) == "all texts are empty"
-
-
-def test_bert_score_says_what_it_lacks(monkeypatch):
-    def no_model(texts, references, lang):
-        raise OSError("roberta-large does not appear to have a file named config.json")
-
-    missing = "roberta-large is not on this machine"
-    assert bert_score_of(monkeypatch, no_model, ["a"], ["a"]) == missing
-    assert bert_score_of(monkeypatch, no_model, ["a"], ["кот"]) == "its model reads English"
-
-    def broken(texts, references, lang):
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        bert_score_of(monkeypatch, broken, ["a"], ["a"])
+    assert bert_score(["a", "b"], ["c", "d"]).tolist() == [25, 100]
+    assert bert_score(["none"], ["a"]) == "roberta-large is not on this machine"
 
 
 def test_words_that_repeat_the_word_before_are_counted_by_hand():
