@@ -6,7 +6,6 @@ out, with a line that says so.
         --data=data/names --evaluation=out/names/eval.json
 
 pipeline      how text becomes latents, and latents text
-trace         text as it forms out of noise (sample.py --trace), a picture and an animation
 training      what the stages minimise, by step
 context       the DiT's loss with its own and with another context, by the time
 estimate      the share of tokens that noisy latents and the DiT's estimate give, by the time
@@ -18,10 +17,8 @@ A picture has one message, which is its title. Titles are computed where they ca
 and long say depends on the systems, so --title says it.
 """
 
-import ast
 import json
 import re
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,9 +60,7 @@ class PlotConfig:
     systems: str = option("", "which to draw, with commas (all; `a` is a 1, a 2 ..., too)")
     data: str = option("data/names", "folder of the prepared corpus, for latents")
     title: str = option("", "of frontier and long: what they show")
-    prompt: str = option("greek small letter", "for trace")
     pictures: str = option("", "folder to write to (OUT/pictures)")
-    seed: int = option(0, "of the noise, for trace", 0)
 
 
 def folder_of(options):
@@ -146,83 +141,6 @@ def pipeline(plt, options):
     dit = Box(46, 13, "DiT, 20 times", PALE_BLUE)
     diagram.row(4, prompt, encoder, dit, decoder, Box(81, 10, "text", WHITE))
     return diagram.figure
-
-
-# ---- Trace ---------------------------------------------------------------------------------------
-
-
-class Trace:
-    """Rows of t and the text that the DiT's estimate points to. A word turns black in the row from
-    which on it stays."""
-
-    def __init__(self, plt, prompt, lines):
-        """lines: (t, text) of each row."""
-        self.plt = plt
-        self.prompt = prompt
-        self.lines = lines
-        self.words = [list(re.finditer(r"\S+", text)) for _, text in lines]
-        self.start = len("t=0.00  ") + len(prompt)
-        self.width = max(45, self.start + max(len(text) for _, text in lines))
-
-    def stays(self, i, j):
-        """Whether word j of row i is that of all later rows."""
-        word = self.words[i][j].group()
-        for row in self.words[i:]:
-            if j >= len(row) or row[j].group() != word:
-                return False
-        return True
-
-    def draw(self, shown):
-        """A figure of the first rows, with room for all."""
-        rows = len(self.lines)
-        em = 0.602 * 12 / 72  # inches of a character of DejaVu Sans Mono at 12 points
-        figure = self.plt.figure(figsize=(em * (self.width + 2), 0.28 * (rows + 1) + 0.15))
-        limits = dict(xlim=(-1, self.width + 1), ylim=(rows - 0.3, -1.7))
-        axes = figure.add_axes((0, 0, 1, 1), **limits)
-        axes.axis("off")
-        font = dict(family="DejaVu Sans Mono", fontsize=12, va="center_baseline")
-        axes.text(0, -1, "all at once; orange words still change", color=INK, **font)
-        for i, (t, _) in enumerate(self.lines[:shown]):
-            axes.text(0, i, f"t={float(t):.2f}  {self.prompt}", color=GREY, **font)
-            for j, match in enumerate(self.words[i]):
-                color = INK if self.stays(i, j) else ORANGE
-                axes.text(self.start + match.start(), i, match.group(), color=color, **font)
-        return figure
-
-    def animate(self, path):
-        """Writes a GIF that adds row after row."""
-        from PIL import Image  # comes with matplotlib
-
-        rows = len(self.lines)
-        still = 6  # frames of the whole picture at the end
-        frames = []
-        for shown in [*range(1, rows + 1)] + [rows] * still:
-            figure = self.draw(shown)
-            figure.canvas.draw()
-            pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]
-            frames.append(Image.fromarray(pixels).quantize(16))
-            self.plt.close(figure)
-        frames[0].save(path, save_all=True, append_images=frames[1:], duration=450, loop=0)
-
-
-def trace(plt, options):
-    command = [
-        sys.executable,
-        ROOT / "sample.py",
-        f"--out={options.out}",
-        f"--prompt={options.prompt}",
-        f"--seed={options.seed}",
-        "--trace",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"trace: {done.stderr.strip().splitlines()[-1]}")
-    lines = []
-    for t, text in re.findall(r"^t=(\S+)  (.*)$", done.stdout, re.M):
-        lines.append((t, ast.literal_eval(text)))
-    picture = Trace(plt, options.prompt, lines)
-    picture.animate(folder_of(options) / "trace.gif")
-    return picture.draw(len(lines))
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -608,7 +526,7 @@ def main():
     (options,) = command_line(__doc__, PlotConfig)
     plt = load_matplotlib()
     folder_of(options).mkdir(parents=True, exist_ok=True)
-    for draw in (pipeline, trace, training, context, estimate, latents, frontier, long):
+    for draw in (pipeline, training, context, estimate, latents, frontier, long):
         path = folder_of(options) / f"{draw.__name__}.png"
         try:
             figure = draw(plt, options)
