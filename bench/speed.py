@@ -17,7 +17,7 @@ from torch.utils.benchmark import Timer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baselines.gpt import gpt_loss
-from bench.report import commit, machine
+from bench.evaluate import commit, machine
 from engine.checkpoint import build, load_checkpoint
 from engine.config import TrainConfig, command_line
 from engine.corpus import Corpus, to_device
