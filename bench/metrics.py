@@ -21,9 +21,6 @@ def rng_of(seed, name):
     return np.random.default_rng([seed, *name.encode()])
 
 
-# ---- What an independent GPT thinks of texts -----------------------------------------------------
-
-
 @torch.no_grad()
 def score(gpt, tokenizer, prompts, texts, autocast):
     """How probable each (text, ended) is after its prompt, by a GPT.
@@ -70,9 +67,6 @@ def rows_to_score(tokenizer, prompts, texts, block_size):
     return new, rows
 
 
-# ---- Likeness to references ----------------------------------------------------------------------
-
-
 class Words:
     """ROUGE's words, in every script. Its package's own are runs of a-z and 0-9."""
 
@@ -86,15 +80,13 @@ def words_of(text):
 
 
 def rouge(texts, references):
-    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L of each text (n, 3), times 100; without stemming."""
+    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L (n,), times 100: a dict. Without stemming."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=Words())
-    rows = []
-    for text, reference in zip(texts, references):
-        scores = scorer.score(reference, text)
-        rows.append([100 * score.fmeasure for score in scores.values()])
-    return np.array(rows)
+    scores = [list(scorer.score(*pair).values()) for pair in zip(references, texts)]
+    values = 100 * np.array([[score.fmeasure for score in row] for row in scores])
+    return dict(rouge_1=values[:, 0], rouge_2=values[:, 1], rouge_l=values[:, 2])
 
 
 def bert_score(texts, references):
@@ -149,9 +141,6 @@ def quiet_mauve(package, p, q, clusters):
         os.close(null)
 
 
-# ---- Diversity -----------------------------------------------------------------------------------
-
-
 def entropy(tokens):
     """Entropy, in nats, of the frequencies of tokens (an array). It is low where a system repeats
     itself."""
@@ -160,21 +149,11 @@ def entropy(tokens):
     return float(-(p * np.log(p)).sum())
 
 
-def different(items):
-    """Different items (an array), in percent of all."""
-    return 100 * len(np.unique(items)) / len(items)
-
-
-def pairs_of(ids):
-    """The pairs of neighbours in an array of ids. A pair is one number."""
-    return ids[:-1] * 2**32 + ids[1:]
-
-
 def at_equal_count(statistic, rows, count, rng, repeats=20):
     """The mean of a statistic of `count` items of the rows (arrays), and half of a 95% interval.
     NaN where the rows have hardly more items than that.
 
-    Entropy and distinct-2 grow with the count, so all systems have the same count. Items come from
+    Entropy grows with the count, so all systems have the same count. Items come from
     texts in random orders, because resampling with replacement would lower the statistic. Such
     draws overlap: their spread is corrected for the share of all items that they take."""
     share = count / max(sum(len(row) for row in rows), 1)
@@ -187,9 +166,6 @@ def at_equal_count(statistic, rows, count, rng, repeats=20):
         values.append(statistic(items[:count]))
     half = 1.96 * float(np.std(values, ddof=1))
     return float(np.mean(values)), half * (share / (1 - share)) ** 0.5
-
-
-# ---- Copies and words ----------------------------------------------------------------------------
 
 
 class TrainingText:
@@ -265,9 +241,6 @@ def percent(answers):
     return 100 * float(np.mean(answers)) if answers else math.nan
 
 
-# ---- Intervals -----------------------------------------------------------------------------------
-
-
 def interval(values, rng, weights=None, repeats=1000):
     """The mean of values (n,), or their sum over that of weights (n,), and half the width of its
     bootstrap 95% interval."""
@@ -296,7 +269,6 @@ def difference(a, b, rng, repeats=1000):
 
 
 # ---- Curves of NLL against entropy ---------------------------------------------------------------
-#
 # A point is a dict of nll (per token), entropy and, in a sweep, knob: the dict of its settings.
 
 
