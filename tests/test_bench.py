@@ -15,7 +15,7 @@ from bench.speed import cached_gpt, median_of
 from engine.corpus import Corpus
 from engine.script import UserError
 from tests.helpers import load, refuse, run_module, script
-from textldm import GPT, TransformerConfig
+from textldm import GPT, TransformerConfig, row_seeds
 
 CPU = "--device=cpu"
 
@@ -67,37 +67,53 @@ def judge(monkeypatch):
     return judge
 
 
+# Nats of a text in the first half, and in the second.
+NATS = {1: (4, 2), 2: (9, 4), 3: (1, 8)}
+
+
 def write(lines, knob, seeds):
-    """With knob 1 as real text in the first half, with knob 2 as in the second, and 3 is neither.
-    """
     texts = []
     for line in lines:
-        nll = {1: 4, 2: 8, 3: 1}[knob["x"]] + line["ids"][0] % 2
-        texts.append((f"{nll} {line['ids'][0]}", line["ids"] != [3]))
+        (i,) = line["ids"]
+        texts.append((f"{NATS[knob['x']][i // 2] + i % 2} {i}", i != 3))
     return texts, 10 * len(lines)
 
 
 def test_settings_are_chosen_on_one_half_and_reported_on_the_other(judge):
+    """In the first half knob 1 is near the 4 nats of real text there. In the second, which has 8,
+    it would be knob 3; and knob 2 if the halves were mixed up."""
     knobs = [dict(x=x) for x in (3, 2, 1)]
     row, frontier, per_text = judge.try_all(System(write, knobs), SimpleNamespace(update=int))
-    assert row["knob"] == dict(x=1), "nearest to 4 nats; to 8 it is another"
-    assert per_text == dict(texts=["4 2", "5 3"], nll=[4, 5], tokens=[2, 2])
-    assert [point["nll"] for point in frontier] == [3 / 4, 17 / 4, 9 / 4]
+    assert row["knob"] == dict(x=1)
+    assert per_text == dict(texts=["2 2", "3 3"], nll=[2, 3], tokens=[2, 2])
+    assert [point["nll"] for point in frontier] == [17 / 4, 9 / 4, 5 / 4]
+    assert [point["nll_word"] for point in frontier] == [17, 9, 5]
     assert [point["knob"] for point in frontier] == knobs
-    assert row["nll"][0] == 9 / 4, "nats a token"
-    assert row["nll_byte"][0] == 9 / 6
-    assert row["nll_word"][0] == 90 / 10
+    assert row["nll"][0] == 5 / 4, "nats a token"
+    assert row["nll_byte"][0] == 5 / 6
+    assert row["nll_word"][0] == 50 / 10
     assert row["tokens"] == 2 and row["ended"] == 50
     assert row["evaluations"] == pytest.approx((3 * 30 + 10) / 4), "of batches of 3 and 1"
-    assert row["copied_prompt"] == (["4 2", "5 3"]) and row["copied_train"] == ["p2", "p3"]
-    assert row["words_known"] == ["p2", "p3"] and row["repeated"] == (["4 2", "5 3"], ["p2", "p3"])
+    assert row["copied_prompt"] == ["2 2", "3 3"] and row["copied_train"] == ["p2", "p3"]
+    assert row["words_known"] == ["p2", "p3"] and row["repeated"] == (["2 2", "3 3"], ["p2", "p3"])
     assert judge.try_all(System(evaluate.references), SimpleNamespace(update=int))[1] == []
 
 
 def test_mauve_compares_with_references_of_other_prompts(judge):
     row = judge.row(judge.measure(System(write, []), dict(x=2))[1])
-    assert row["mauve"] == ([[4], [4]], [[8], [9]]), "real ones of the first half"
+    assert row["mauve"] == ([[4], [4]], [[4], [5]]), "real ones of the first half"
     assert judge.row(judge.real)["mauve"] == ([[4], [4]], [[8], [8]])
+
+
+def test_each_text_has_the_seed_of_its_prompt(judge):
+    seen = []
+
+    def note(lines, knob, seeds):
+        seen.extend(seeds)
+        return write(lines, knob, seeds)
+
+    judge.write(System(note), dict(x=1))
+    assert seen == row_seeds([[0], [1], [2], [3]], judge.options.seed)
 
 
 def test_entropy_is_of_as_many_tokens_for_each_system(judge):
@@ -123,7 +139,7 @@ def test_a_report_compares_all_with_ours(judge):
     result = evaluate.judge_all(judge, systems, ["ours"])
     assert result["real"] == dict(nll=4, nll_word=16, entropy=0)
     mean, half = result["differences"]["GPT"]["ours"]
-    assert mean == (3 - 17) / 4 and half == 0, "7 nats fewer in each text of two tokens"
+    assert mean == (17 - 9) / 4 and half == 0, "4 nats more in each text of two tokens"
     assert result["differences"]["ours"] == {}
     assert list(result["frontier"]) == ["GPT", "ours"]
 
