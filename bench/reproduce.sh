@@ -26,11 +26,8 @@ case $case in
     *) echo "error: $case is none of names, docs, blocks, ldlm, long and kinds" >&2 && exit 2 ;;
 esac
 [ "$text" != names ] || n=1000 vocabulary=4096 rows=""
-if [ $case = long ] || [ $case = kinds ]; then
-    width="" vae_rate="" gpt_steps=400 # the README's
-fi
-name=$(basename "${text%.*}")
-data=data/$name out=out/$case
+[[ $case != long && $case != kinds ]] || width="" vae_rate="" gpt_steps=400 # the README's
+data=data/$(basename "${text%.*}") out=out/$case
 
 # The judge has a vocabulary of its own, so nats per token compare whatever the models' vocabulary.
 [ -f "$data/train.bin" ] || python data/prepare.py "$text" --vocab_size=$vocabulary --out="$data"
@@ -45,7 +42,6 @@ once() {
     touch "$mark"
 }
 
-# two_stages FOLDER OPTIONS... trains a VAE, with these options, and a DiT.
 two_stages() {
     once $1 train_vae.py $net --max_steps=$vae_steps $vae_rate "${@:2}"
     once $1 train_dit.py $net --max_steps=$dit_steps ${recipe:-}
@@ -64,12 +60,12 @@ for s in ${SEEDS:-1 2}; do
         once $o/more baselines/gpt.py $net --max_steps=$more_steps
         systems+=",GPT with more steps $s=gpt:$o/more/gpt.pt"
     fi
-    if [ $case = names ] || [ $case = docs ]; then
+    if [[ $case = names || $case = docs ]]; then
         two_stages $o/norepa --teacher=none
         recipe=--recipe=paper two_stages $o/paper $teacher --recipe=paper
         systems+=",TextLDM without REPA $s=textldm:$o/norepa,the paper's $s=textldm:$o/paper"
     fi
-    if [ $case = names ] || [ $case = kinds ]; then
+    if [[ $case = names || $case = kinds ]]; then
         once $o baselines/masked.py $net --max_steps=$dit_steps
         systems+=",masked diffusion $s=masked:$o/masked.pt"
     fi
@@ -79,7 +75,7 @@ for s in ${SEEDS:-1 2}; do
         once $folder "variants/cola_dlm.py dit" $net --max_steps=$dit_steps --latent_block=$b
         systems+=",blocks of $b $s=textldm:$folder"
     done
-    [ $case = ldlm ] || [ $case = kinds ] || continue
+    [[ $case = ldlm || $case = kinds ]] || continue
     parts="--no-hidden_mse --decoder_noise=0 --no-adaptive_times --encoder_warmup=0"
     [ $case = ldlm ] || parts=""
     for part in "" ${parts:+$parts "$parts"}; do # LDLM, without each part, and with none

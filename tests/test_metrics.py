@@ -41,10 +41,11 @@ def test_a_statistic_of_equally_many_items_of_texts_in_random_orders():
 
 
 def test_an_interval_is_of_a_ratio_of_sums():
-    """Two texts of 2 and 6 nats, of 1 and 3 tokens; each draw of them has 2 nats a token. Of two
-    values 0 and 1 more than 2.5% of the draws are both 0, and both 1."""
+    """8 nats of 4 tokens: 2; drawn twice alone, the texts have 2 of 1, and 6 of 3, or 7 and 1. Of
+    two values 0 and 1 more than 2.5% of the draws are both 0, and both 1."""
     rng = np.random.default_rng(0)
     assert metrics.interval(np.array([2.0, 6]), rng, np.array([1, 3])) == (2, 0)
+    assert metrics.interval(np.array([1.0, 7]), rng, np.array([1, 3])) == (2, (7 / 3 - 1) / 2)
     assert metrics.interval(np.array([0.0, 1]), rng) == (0.5, 0.5)
 
 
