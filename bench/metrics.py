@@ -14,6 +14,7 @@ from engine.corpus import Corpus, encode, load_encoding
 from textldm import cross_entropy
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # BERTScore never fetches weights: it is computed where they are
+PIECE = 2**24  # tokens of the training text that are compared at once, for the memory
 
 
 def rng_of(seed, name):
@@ -194,8 +195,8 @@ def copied(texts, prompts, training):
     if not len(grams):
         return math.nan, math.nan
     in_training = np.zeros(len(grams), bool)
-    for start in range(0, len(training.tokens), 2**24):  # in pieces, for the memory
-        piece = training.tokens[start : start + 2**24 + 3]
+    for start in range(0, len(training.tokens), PIECE):
+        piece = training.tokens[start : start + PIECE + 3]
         in_training |= np.isin(grams, hash_4(piece))
     return 100 * np.concatenate(in_prompt).mean(), 100 * in_training.mean()
 

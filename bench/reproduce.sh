@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main tables of docs/results.md. Trains all systems of a case, with two seeds, and judges them.
 #
-#     bash bench/reproduce.sh names             # or docs; then: cat out/names/eval.md
+#     bash bench/reproduce.sh names             # or docs; writes out/names/eval.md
 #     bash bench/reproduce.sh blocks            # Cola DLM with blocks of 4, 8 and 16, on docs
 #     bash bench/reproduce.sh ldlm              # LDLM, and without each of its parts, on docs
 #     bash bench/reproduce.sh long              # the README's networks after 100 epochs of names
@@ -41,7 +41,6 @@ once() {
     python $2 --data="$data" --out="$1" --overwrite "${@:3}"
     touch "$mark"
 }
-
 two_stages() {
     once $1 train_vae.py $net --max_steps=$vae_steps $vae_rate "${@:2}"
     once $1 train_dit.py $net --max_steps=$dit_steps ${recipe:-}

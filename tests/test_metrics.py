@@ -35,8 +35,11 @@ def test_a_statistic_of_equally_many_items_of_texts_in_random_orders():
     firsts = [(1, 4)[orders.permutation(2)[0]] for _ in range(20)]
     assert mean == pytest.approx(np.mean(firsts)) and 1 < mean < 4
     assert half == pytest.approx(1.96 * np.std(firsts, ddof=1))
-    _, third = metrics.at_equal_count(np.sum, [np.ones(1)] * 4, 3, np.random.default_rng(0))
-    assert third == 0, "no spread"
+    texts = [np.array([i]) for i in range(6)]
+    _, half = metrics.at_equal_count(np.sum, texts, 2, np.random.default_rng(0))
+    orders = np.random.default_rng(0)
+    sums = [orders.permutation(6)[:2].sum() for _ in range(20)]
+    assert half == pytest.approx(1.96 * np.std(sums, ddof=1) * math.sqrt(2 / 4)), "2 of 6"
     assert math.isnan(metrics.at_equal_count(np.mean, rows, 4, np.random.default_rng(0))[0])
 
 
@@ -85,8 +88,9 @@ def test_nll_at_an_entropy_is_of_the_best_curve_that_reaches_it():
         (20, 1.3, math.nan, 0.0),
     ):
         knob = dict(steps=steps, temperature=temperature)
-        points.append(dict(knob=knob, entropy=entropy, nll=nll))
+        points.append(dict(knob=knob, entropy=entropy, nll=nll, nll_word=10 * nll))
     assert metrics.at_entropy(points, 4.25, "nll") == 2.25
+    assert metrics.at_entropy(points, 4.25, "nll_word") == 22.5
     assert metrics.at_entropy(points, 5.5, "nll") == 3
     assert metrics.at_entropy(points, 6.5, "nll") is None
     by_guidance = [dict(knob=dict(steps=1, cfg=w), entropy=w, nll=w) for w in (1, 3)]
@@ -122,9 +126,10 @@ def test_a_gpt_scores_the_tokens_after_the_prompt_and_the_end(monkeypatch):
         assert features[i] == pytest.approx(h[last].numpy(), rel=1e-3, abs=1e-5)
 
 
-def test_copied_4_grams_are_of_the_own_prompt_and_of_the_training_text():
+def test_copied_4_grams_are_of_the_own_prompt_and_of_the_training_text(monkeypatch):
     """Of abcde and wxyz: abcd and bcde are in the first prompt; bcde and wxyz are trained on."""
-    tokens = np.array(Letters().encode("bcdewxyz"), dtype=np.uint16)
+    monkeypatch.setattr(metrics, "PIECE", 3)
+    tokens = np.array(Letters().encode("bcdewxyzz"), dtype=np.uint16)
     training = SimpleNamespace(encoding=Letters(), tokens=tokens)
     in_prompt, in_training = metrics.copied(["abcde", "wxyz"], ["abcdef", "abcde"], training)
     assert (in_prompt, in_training) == pytest.approx((200 / 3, 200 / 3))

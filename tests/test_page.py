@@ -14,6 +14,7 @@ from engine.checkpoint import build, load_checkpoint, write_whole
 from engine.loop import pick_device
 from tests.helpers import ROOT, refuse, script
 from textldm import (
+    CONTEXT,
     GPT,
     DiTConfig,
     Sampling,
@@ -103,11 +104,15 @@ def test_probabilities_are_those_of_the_models(page, random_out):
         assert [p for _, p, _ in run["gpt"]] == pytest.approx(expected, abs=1e-4)
 
         z, segment = noisy_rows(vae, dit, [prompt], 0, sampling)
-        p = dit(z, segment, torch.ones(1), 0 * z)[0, len(prompt) :].float().softmax(-1)
-        best = p.max(-1).values
+        hidden = z.masked_fill((segment == CONTEXT)[..., None], 0)
+        likeliest = []
+        for latents in (z, hidden):
+            p = dit(latents, segment, torch.ones(1), 0 * z)[0, len(prompt) :].float().softmax(-1)
+            likeliest.append(p.max(-1).values)
     first = run["steps"][1]["tokens"]
-    found = [candidates[0][1] for _, _, candidates in first]
-    assert found == pytest.approx(best[: len(found)].tolist(), abs=5e-3)
+    found = torch.tensor([candidates[0][1] for _, _, candidates in first])
+    away, away_without = ((found - p[: len(found)]).abs().sum() for p in likeliest)
+    assert away < 5e-3 * len(found) and away < 0.2 * away_without
 
 
 def test_what_cannot_be_shown_is_refused(random_out, home, capsys, tmp_path):
