@@ -14,7 +14,7 @@ from baselines.masked import MaskedLM, masked_loss, unmask
 from engine.checkpoint import build, load_gpt_state
 from engine.corpus import GPT2
 from engine.config import DIT_PRESETS, VAE_PRESETS, TrainConfig
-from engine.loop import Run
+from engine.train import Run
 from engine.statistics import mean_latents
 from test_textldm import (
     EOT,

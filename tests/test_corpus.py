@@ -7,7 +7,7 @@ import pytest
 
 import engine.corpus
 from engine.corpus import Corpus, load_encoding
-from engine.script import UserError
+from engine.config import UserError
 from tests.helpers import DOCUMENTS
 from textldm import CONTEXT, TAIL_WEIGHT, TARGET
 

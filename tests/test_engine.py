@@ -31,12 +31,12 @@ from engine.checkpoint import (
     read_tensors,
     write_whole,
 )
-from engine.config import TrainConfig, make_config
+from engine.config import TrainConfig, UserError, make_config
 from engine.corpus import Corpus
 from engine.evaluation import rows_with_other_contexts
-from engine.loop import Run, minutes, pick_dtype, recompute_blocks, set_learning_rate
+from engine.terminal import pick_dtype
+from engine.train import Run, minutes, recompute_blocks, set_learning_rate
 from engine.muon import Muon, make_optimizers, orthogonal
-from engine.config import UserError
 from engine.statistics import feature_statistics
 from tests.helpers import (
     ROOT,
@@ -1523,8 +1523,7 @@ import torch
 import torch.distributed as dist
 
 from engine.corpus import Corpus
-from engine.loop import Run
-from engine.config import UserError
+from engine.train import Run
 from tests.helpers import few_fixed_batches, load, run_module
 
 Corpus.fixed_batches = few_fixed_batches

@@ -18,10 +18,9 @@ import variants.writers
 from bench.evaluate import EvalConfig
 from bench.page import PageConfig
 from engine.checkpoint import load_checkpoint, write_whole
-from engine.config import TrainConfig, make_config
+from engine.config import TrainConfig, UserError, make_config
 from engine.corpus import GPT2, Corpus, load_encoding
 from engine.animation import Side
-from engine.config import UserError
 from sample import Printer, SampleConfig, show_steps
 from tests.helpers import (
     randomised,

@@ -19,10 +19,9 @@ import torch
 
 import engine.loop
 from engine.checkpoint import load_checkpoint, write_whole
-from engine.config import TrainConfig, command_line
+from engine.config import TrainConfig, UserError, command_line
 from engine.corpus import Corpus
-from engine.loop import Run, Stopped
-from engine.config import UserError
+from engine.train import Run, Stopped
 from engine.terminal import LOCKS, Output, lock, run_script, unlock_all
 from tests.helpers import (
     ROOT,
