@@ -144,7 +144,7 @@ def command_line(description, *config_types, presets=None, recipe=None):
     if given.pop("recipe", "paper") == "ours":
         values.update(recipe)
     preset = "tiny"
-    if len(presets) > 1:  # else --preset may be a field of a config, as in bench/speed.py
+    if len(presets) > 1:
         preset = given.pop("preset", "tiny")
     values.update(presets[preset])
     values.update(given)
