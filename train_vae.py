@@ -33,7 +33,7 @@ def weight_of(batch):
     return batch.weight.sum()
 
 
-def train_vae(description=__doc__, corpus_type=Corpus, vae_type=TextVAE, kind="vae"):
+def train_vae(description, corpus_type, vae_type, kind):
     """Trains a VAE of a kind on rows of a corpus of that type."""
     config, cfg, options = command_line(
         description, VAEConfig, TrainConfig, VAEStage, presets=VAE_PRESETS, recipe=OURS
@@ -79,5 +79,9 @@ def train_vae(description=__doc__, corpus_type=Corpus, vae_type=TextVAE, kind="v
     train(Stage("vae", cfg, corpus, vae, identity), loss_of, weight_of, evaluate)
 
 
+def main():
+    train_vae(__doc__, Corpus, TextVAE, "vae")
+
+
 if __name__ == "__main__":
-    run_script(train_vae)
+    run_script(main)
