@@ -21,10 +21,9 @@ from tqdm import tqdm
 
 from engine.animation import Side, play
 from engine.checkpoint import load_gpt_state, write_whole
-from engine.config import command_line
+from engine.config import UserError, command_line
 from engine.prompts import read_lines
-from engine.loop import pick_device
-from engine.script import UserError, run_script
+from engine.terminal import pick_device, run_script
 from textldm import Sampling, option
 from variants.writers import gpt_writer, load_writer
 

@@ -41,6 +41,7 @@ from textldm import (
     flow_loss,
     guided_estimate,
     make_batch,
+    rotary,
     rotate,
     row_seeds,
     rows_of,
@@ -495,9 +496,9 @@ def test_self_conditioning_tells_some_rows_what_a_first_pass_estimated(told_dit)
     inputs = []
     guesses = []
 
-    def forward(x, segment, t, guess, places=None):
+    def forward(x, segment, t, guess=None, places=None):
         inputs.append(x)
-        guesses.append(guess.clone())
+        guesses.append(torch.zeros_like(x) if guess is None else guess.clone())
         return real(x, segment, t, guess, places=places)
 
     dit.forward = forward
@@ -523,8 +524,9 @@ def test_half_of_the_rows_are_told_a_first_estimate(told_dit):
     told = []
     real = told_dit.forward
 
-    def forward(x, segment, t, guess, places=None):
-        told.append(guess.abs().amax(dim=(1, 2)) > 0)
+    def forward(x, segment, t, guess=None, places=None):
+        seen = torch.zeros_like(x) if guess is None else guess
+        told.append(seen.abs().amax(dim=(1, 2)) > 0)
         return real(x, segment, t, guess, places=places)
 
     told_dit.forward = forward
@@ -979,7 +981,8 @@ def test_the_forward_pass_is_that_of_the_paper_or_ours_written_out(dit):
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = shifts_scales_gates
         y = block.ln_1(h) * (1 + scale_1) + shift_1
         q, k, v = block.attn.c_attn(y).view(4, N, 3, 2, E // 2).permute(2, 0, 3, 1, 4)
-        q, k = rotate(q, torch.arange(N)), rotate(k, torch.arange(N))
+        turn = rotary(torch.arange(N), E // 2)
+        q, k = rotate(q, turn), rotate(k, turn)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(4, N, E)
         h = h + gate_1 * block.attn.c_proj(y)
         y = block.ln_2(h) * (1 + scale_2) + shift_2
@@ -998,7 +1001,7 @@ def test_times_are_told_apart():
 
 
 def test_attention_is_softmax_attention():
-    attention = randomise(textldm.Attention(E, 2))
+    attention = randomise(textldm.Attention(TransformerConfig(n_head=2, n_embd=E)))
     x = torch.randn(3, N, E)
     heads = []
     for y in attention.c_attn(x).split(E, dim=-1):
@@ -1011,7 +1014,7 @@ def test_attention_is_softmax_attention():
 
 
 def test_a_mask_hides_keys():
-    attention = randomise(textldm.Attention(E, 2))
+    attention = randomise(textldm.Attention(TransformerConfig(n_head=2, n_embd=E)))
     x = torch.randn(2, N, E)
     segment = example_batch(rows=2).segment
     whole = attention(x, same_segment(segment))
@@ -1024,7 +1027,8 @@ def test_a_mask_hides_keys():
 def test_rotary_attention_sees_distances_only():
     # The same query and key at every position.
     q, k = torch.randn(2, 1, 2, 1, 8).expand(2, 1, 2, N, 8)
-    scores = rotate(q, torch.arange(N)) @ rotate(k, torch.arange(N)).mT
+    turn = rotary(torch.arange(N), 8)
+    scores = rotate(q, turn) @ rotate(k, turn).mT
     for distance in range(-N + 1, N):
         same = scores.diagonal(distance, dim1=-2, dim2=-1)
         assert torch.allclose(same, same[..., :1].expand_as(same), atol=1e-4)

@@ -119,43 +119,53 @@ class TransformerConfig:
         return self.vocab_size - 1  # by convention the last token
 
 
-def rotate(x, position):
-    """Rotary positions [RoPE]: turns pairs of the D numbers of x (..., N, D) by angles that grow
-    with position (N,). So positions enter the product of query and key by their difference."""
-    D = x.shape[-1]
-    frequency = 10000 ** (-torch.arange(0, D, 2, device=x.device) / D)  # (D/2,)
+def rotary(position, D):
+    """Rotary positions [RoPE]: cosines and sines (N, D/2) of angles that grow with `position`."""
+    frequency = 10000 ** (-torch.arange(0, D, 2, device=position.device) / D)  # (D/2,)
     angle = position[:, None] * frequency  # (N, D/2)
-    cos, sin = angle.cos(), angle.sin()
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, turn):
+    """Turns pairs of the D numbers of x (..., N, D) by the angles of `rotary`. So positions enter
+    the product of query and key by their difference."""
+    cos, sin = turn
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
 
 
 class Attention(nn.Module):
-    def __init__(self, n_embd, n_head):
+    def __init__(self, config):
         super().__init__()
-        self.n_head = n_head
-        self.c_attn = nn.Linear(n_embd, 3 * n_embd)
-        self.c_proj = nn.Linear(n_embd, n_embd)
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, mask=None, position=None, causal=False):
-        """mask (B, 1, N, N) or (B, 1, 1, N) is True where a query may see a key."""
+    def heads(self, x, turn=None):
+        """x (B, N, E) -> queries, keys and values (B, H, N, D), turned if they have positions."""
         B, N, E = x.shape
         qkv = self.c_attn(x).view(B, N, 3, self.n_head, E // self.n_head)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, N, D)
         q, k, v = qkv
-        if position is not None:
-            q, k = rotate(qkv[:2], position)
+        if turn is not None:
+            q, k = rotate(qkv[:2], turn)
+        return q, k, v
+
+    def attend(self, q, k, v, mask=None, causal=False):
+        """-> (B, N, E). mask (B, 1, N, N) or (B, 1, 1, N): True where a query may see a key."""
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        y = y.transpose(1, 2).reshape(B, N, E)
-        return self.c_proj(y)
+        return self.c_proj(y.transpose(1, 2).flatten(2))
+
+    def forward(self, x, mask=None, turn=None, causal=False):
+        return self.attend(*self.heads(x, turn), mask, causal)
 
 
 class MLP(nn.Module):
-    def __init__(self, n_embd):
+    def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(n_embd, 4 * n_embd)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.gelu = nn.GELU()
-        self.c_proj = nn.Linear(4 * n_embd, n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
         return self.c_proj(self.gelu(self.c_fc(x)))
@@ -165,23 +175,24 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). With `adaln`, an embedding of the time shifts,
     scales and gates both branches (adaLN-zero, section 3.2 of [DiT])."""
 
-    def __init__(self, n_embd, n_head, adaln=False):
+    def __init__(self, config, adaln=False):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(n_embd)
-        self.attn = Attention(n_embd, n_head)
-        self.ln_2 = nn.LayerNorm(n_embd)
-        self.mlp = MLP(n_embd)
-        self.adaln = nn.Linear(n_embd, 6 * n_embd) if adaln else None
+        E = config.n_embd
+        self.ln_1 = nn.LayerNorm(E)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(E)
+        self.mlp = MLP(config)
+        self.adaln = nn.Linear(E, 6 * E) if adaln else None
 
-    def forward(self, x, mask=None, position=None, causal=False, time_emb=None):
+    def forward(self, x, mask=None, turn=None, causal=False, time_emb=None):
         """x (B, N, E) -> (B, N, E). time_emb (B, 1, E) is for adaln."""
         if self.adaln is None:
-            x = x + self.attn(self.ln_1(x), mask, position, causal)
+            x = x + self.attn(self.ln_1(x), mask, turn, causal)
             return x + self.mlp(self.ln_2(x))
         modulation = self.adaln(time_emb).chunk(6, dim=-1)  # (B, 1, E) each
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation
         y = self.ln_1(x) * (1 + scale_1) + shift_1
-        x = x + gate_1 * self.attn(y, mask, position, causal)
+        x = x + gate_1 * self.attn(y, mask, turn, causal)
         y = self.ln_2(x) * (1 + scale_2) + shift_2
         return x + gate_2 * self.mlp(y)
 
@@ -191,15 +202,15 @@ class Transformer(nn.Module):
 
     def __init__(self, config, adaln=False):
         super().__init__()
-        E, H = config.n_embd, config.n_head
-        self.h = nn.ModuleList(Block(E, H, adaln) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(E)
+        self.D = config.n_embd // config.n_head
+        self.h = nn.ModuleList(Block(config, adaln) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
 
     def forward(self, x, mask=None, time_emb=None):
-        N = x.shape[1]
-        position = torch.arange(N, device=x.device)
+        position = torch.arange(x.shape[1], device=x.device)  # (N,)
+        turn = rotary(position, self.D)
         for block in self.h:
-            x = block(x, mask, position, time_emb=time_emb)
+            x = block(x, mask, turn, time_emb=time_emb)
         return self.ln_f(x)
 
 
@@ -234,8 +245,8 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        E, H = config.n_embd, config.n_head
-        self.h = nn.ModuleList(Block(E, H) for _ in range(config.n_layer))
+        E = config.n_embd
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(E)
         self.wte = nn.Embedding(config.vocab_size, E)
         self.wpe = nn.Embedding(config.block_size, E)
@@ -442,15 +453,15 @@ class TextDiT(nn.Module):
         angle = 1000 * t[:, None, None] * frequency  # (B, 1, E/2)
         return self.time_mlp(torch.cat((angle.cos(), angle.sin()), dim=-1))
 
-    def forward(self, x, segment, t, guess, mask=None, places=None):
+    def forward(self, x, segment, t, guess=None, mask=None, places=None):
         """x (B, N, C): noisy latents of the target at times t (B,); clean ones of the context, or
         zeros if the context is dropped. segment (B, N) tells them apart. guess (B, N, C): a former
-        estimate of the targets' z_0, or zeros. mask (B, 1, 1, N) is False at padding.
+        estimate of the targets' z_0; None is as zeros. mask (B, 1, 1, N) is False at padding.
         Returns velocities (B, N, C) or logits (B, N, V). With places (T,), indices among the B * N
         tokens, it returns only those, (T, C) or (T, V), which is faster."""
         is_target = segment == TARGET  # (B, N); padding is masked
         h = self.from_latent(x) + self.segment_emb(is_target.long())  # (B, N, E)
-        if self.config.self_condition:
+        if self.config.self_condition and guess is not None:
             h = h + self.from_guess(guess * is_target[..., None])
         time_emb = self.time_embedding(t) if self.config.adaln else None
         h = self.transformer(h, mask, time_emb)
@@ -465,7 +476,7 @@ class TextDiT(nn.Module):
         h = h.flatten(0, 1).index_select(0, places)
         return self.to_output(h).float()[:T]
 
-    def error(self, output, tokens, z_0, eps):
+    def loss(self, output, tokens, z_0, eps):
         """The loss (T,) of outputs (T, ...) for targets: their tokens (T,), z_0 and eps (T, C)."""
         if not self.config.predict_tokens:
             v = output  # the paper's objective: the velocity (Eq. 5)
@@ -504,17 +515,15 @@ def denoising_loss(dit, batch, z_0, t, eps, n_guess=0):
     if dit.config.self_condition and n_guess:
         n = n_guess
         with torch.no_grad():
-            output = dit(x[:n], batch.segment[:n], t[:n], guess[:n])
+            output = dit(x[:n], batch.segment[:n], t[:n])
             guess[:n] = dit.estimate(output, z_t[:n], t_of[:n])
-        # Before torch 2.10 autocast would reuse the weights that it cast without a gradient.
-        torch.clear_autocast_cache()
     output = dit(x, batch.segment, t, guess, places=batch.targets)  # (T, V) or (T, C)
 
     def at_targets(x):
         """(B, N, ...) -> (T, ...)"""
         return x.flatten(0, 1).index_select(0, batch.targets)
 
-    loss = dit.error(output, at_targets(batch.tokens), at_targets(z_0), at_targets(eps))
+    loss = dit.loss(output, at_targets(batch.tokens), at_targets(z_0), at_targets(eps))
     return loss, output, at_targets(z_t), at_targets(t_of)
 
 
@@ -570,8 +579,9 @@ def guided_estimate(dit, z, t, guess, segment, sampling):
 def denoise(dit, z, segment, sampling, callback=None):
     """Euler's method from t = 1 to t = 0. z (B, N, C) holds the latents of the context and noise
     for the target. Returns z with the latents of the target: the estimate of the last step.
-    The estimate of a step is the next step's guess. (In training a guess is not guided, and is of
-    the same t.) callback(t_next, guess) sees it, and the time that the step reaches."""
+    A step takes the estimate and the noise that it implies to the point of their path at t_next:
+    z + (t_next - t) v. The estimate is the next step's guess. (In training a guess is not guided,
+    and is of the same t.) callback(t_next, guess) sees it, and the time that the step reaches."""
     u = torch.linspace(1, 0, sampling.steps + 1)
     times = dit.times(u).to(z.device)  # (steps + 1,)
     is_target = (segment == TARGET)[..., None]
@@ -580,9 +590,9 @@ def denoise(dit, z, segment, sampling, callback=None):
         guess = guided_estimate(dit, z, t, guess, segment, sampling)
         if callback is not None:
             callback(t_next, guess)
-        v = (z - guess) / t  # as z_t = z_0 + t v
-        v = torch.where(is_target, v, 0.0)  # the context stays as it is
-        z = z + (t_next - t) * v
+        eps = (z - (1 - t) * guess) / t  # the noise in z, if `guess` is its z_0
+        z_next = (1 - t_next) * guess + t_next * eps
+        z = torch.where(is_target, z_next, z)  # the context stays as it is
     return z
 
 

@@ -13,38 +13,18 @@ Watch the table by t, over validation rows:
     predicted  share of tokens that decode right from the DiT's estimate of the clean latents
 """
 
-import copy
 from dataclasses import dataclass
 
 import torch
-import torch.nn as nn
 
 from engine.checkpoint import build, copy_blocks, load_checkpoint
 from engine.config import DIT_PRESETS, TrainConfig, command_line
 from engine.corpus import Corpus, shorten_rows
 from engine.evaluation import Evaluation
-from engine.loop import (
-    Run,
-    pick_device,
-    pick_dtype,
-    recompute_blocks,
-    set_learning_rate,
-    update_average,
-)
-from engine.muon import make_optimizers
-from engine.script import run_script
 from engine.statistics import mean_latents
-from textldm import (
-    OURS,
-    TARGET,
-    Block,
-    DiTConfig,
-    TextDiT,
-    TextVAE,
-    VAEConfig,
-    flow_loss,
-    option,
-)
+from engine.terminal import pick_device, run_script
+from engine.train import Stage, train
+from textldm import OURS, TARGET, DiTConfig, TextDiT, TextVAE, VAEConfig, flow_loss, option
 
 
 @dataclass
@@ -53,58 +33,54 @@ class DiTStage:
     from_decoder: bool = option(False, "blocks start as the VAE decoder's, if of their width")
 
 
+def fit(config, vae, corpora):
+    """Gives the config of a DiT the sizes of its VAE, and rows that this VAE can read."""
+    shorten_rows(corpora, vae.config.block_size, "the VAE")
+    config.block_size = corpora[0].N
+    config.vocab_size = vae.config.vocab_size
+    config.channels = vae.config.channels
+
+
+def make_dit(dit_type, config, vae, corpus, options):
+    """A DiT before its first step. options: a DiTStage."""
+    device = vae.z_mean.device
+    dit = dit_type(config).to(device)
+    if config.predict_tokens:
+        dit.latent_of, unexplained = mean_latents(vae, corpus.fixed_batches(64, device))
+        print(f"a token fixes its latent but for {unexplained:.1%} of its variance")
+    is_same_width = (config.n_embd, config.n_head) == (vae.config.n_embd, vae.config.n_head)
+    if options.from_decoder and is_same_width:
+        copy_blocks(vae.decoder.h, dit.transformer.h)
+    return dit
+
+
 def weight_of(batch):
     return (batch.weight * (batch.segment == TARGET)).sum()
 
 
 def main():
-    config, cfg, stage = command_line(
+    config, cfg, options = command_line(
         __doc__, DiTConfig, TrainConfig, DiTStage, presets=DIT_PRESETS, recipe=OURS
     )
     corpus = Corpus(cfg.data, "train", config.block_size)
     val = Corpus(cfg.data, "val", config.block_size)
-    device, autocast = pick_device(cfg.device, corpus.N)
-    path = stage.vae or f"{cfg.out}/vae.pt"
+    device, _ = pick_device(cfg.device, corpus.N)
+    path = options.vae or f"{cfg.out}/vae.pt"
     state = load_checkpoint(path, "vae", "python train_vae.py makes one", corpus.tokenizer)
     vae = build(TextVAE, VAEConfig, state).to(device).requires_grad_(False)
-    shorten_rows((corpus, val), vae.config.block_size, "the VAE")
-    config.block_size = corpus.N
-    config.vocab_size = corpus.meta["vocab_size"]
-    config.channels = vae.config.channels
+    fit(config, vae, (corpus, val))
     torch.manual_seed(cfg.seed)
-    dit = TextDiT(config).to(device)
-    if config.predict_tokens:
-        dit.latent_of, unexplained = mean_latents(vae, corpus.fixed_batches(64, device))
-        print(f"a token fixes its latent but for {unexplained:.1%} of its variance")
-    is_same_width = (config.n_embd, config.n_head) == (vae.config.n_embd, vae.config.n_head)
-    if stage.from_decoder and is_same_width:
-        copy_blocks(vae.decoder.h, dit.transformer.h)
-    average = copy.deepcopy(dit).requires_grad_(False)
-    if cfg.recompute:
-        recompute_blocks(dit, Block)
-    evaluate = Evaluation(val.fixed_batches(1, device)[0], config.channels, corpus)
+    dit = make_dit(TextDiT, config, vae, corpus, options)
+    table = Evaluation(val.fixed_batches(1, device)[0], config.channels, corpus)
 
-    optimizers = make_optimizers(dit, Block, cfg, pick_dtype(device))
+    def loss_of(net, batch, generator, step):
+        z_0 = vae.latents(batch.tokens, batch.segment)
+        return dict(loss=flow_loss(net, batch, z_0, generator))
+
     # z_mean tells this VAE from others: sample.py checks that it has the same.
-    identity = dict(corpus.identity, kind="dit", vae=vae.z_mean.tolist())
-    run = Run("dit", cfg, dit, average, optimizers, identity)
-    for step in run.steps(lambda: evaluate(vae, average)):
-        learning_rate = run.learning_rate(step)
-        for batch, share, generator in run.micro_batches(corpus, weight_of):
-            with run.autocast:
-                z_0 = vae.latents(batch.tokens, batch.segment)
-                loss = flow_loss(run.net, batch, z_0, generator)
-            (loss * share).backward()
-            run.add(dict(loss=loss), share)
-        run.sum_gradients()  # of all processes
-        norm = nn.utils.clip_grad_norm_(dit.parameters(), 1.0)
-        run.require_finite(norm)
-        for optimizer in optimizers:
-            set_learning_rate(optimizer, learning_rate)
-            optimizer.step()
-            optimizer.zero_grad()
-        update_average(average, dit, step)
-        run.end_step(norm, learning_rate)
+    identity = dict(kind="dit", vae=vae.z_mean.tolist())
+    stage = Stage("dit", cfg, corpus, dit, identity, has_average=True)
+    train(stage, loss_of, weight_of, lambda average: table(vae, average))
 
 
 if __name__ == "__main__":

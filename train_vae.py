@@ -11,26 +11,15 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
-import torch.nn as nn
 
 from engine.checkpoint import build, load_teacher_state
 from engine.config import VAE_PRESETS, TrainConfig, command_line
 from engine.corpus import Corpus, shorten_rows
 from engine.evaluation import evaluate_vae
-from engine.loop import Run, pick_device, pick_dtype, recompute_blocks, set_learning_rate
-from engine.muon import make_optimizers
-from engine.script import run_script
 from engine.statistics import feature_statistics
-from textldm import (
-    GPT,
-    OURS,
-    Block,
-    TextVAE,
-    TransformerConfig,
-    VAEConfig,
-    option,
-    teacher_features,
-)
+from engine.terminal import pick_device, run_script
+from engine.train import Stage, train
+from textldm import GPT, OURS, TextVAE, TransformerConfig, VAEConfig, option, teacher_features
 
 
 @dataclass
@@ -44,17 +33,18 @@ def weight_of(batch):
     return batch.weight.sum()
 
 
-def main():
-    config, cfg, stage = command_line(
-        __doc__, VAEConfig, TrainConfig, VAEStage, presets=VAE_PRESETS, recipe=OURS
+def train_vae(description, corpus_type, vae_type, kind):
+    """Trains a VAE of a kind on rows of a corpus of that type."""
+    config, cfg, options = command_line(
+        description, VAEConfig, TrainConfig, VAEStage, presets=VAE_PRESETS, recipe=OURS
     )
-    corpus = Corpus(cfg.data, "train", config.block_size)
-    val = Corpus(cfg.data, "val", config.block_size)
+    corpus = corpus_type(cfg.data, "train", config.block_size)
+    val = corpus_type(cfg.data, "val", config.block_size)
     device, autocast = pick_device(cfg.device, corpus.N)
-    identity = dict(corpus.identity, kind="vae", teacher="none")
+    identity = dict(kind=kind, teacher="none")
     teacher = None
-    if stage.teacher != "none":
-        state = load_teacher_state(stage.teacher or f"{cfg.out}/gpt.pt", corpus)
+    if options.teacher != "none":
+        state = load_teacher_state(options.teacher or f"{cfg.out}/gpt.pt", corpus)
         teacher = build(GPT, TransformerConfig, state).to(device).requires_grad_(False)
         # The teacher has a position for each token of a row and for its end-of-text token.
         shorten_rows((corpus, val), teacher.config.block_size - 1, "the teacher")
@@ -68,11 +58,9 @@ def main():
             mean, std = feature_statistics(teacher, training_sample)
         config.teacher_embd = len(mean)
     torch.manual_seed(cfg.seed)
-    vae = TextVAE(config).to(device)
+    vae = vae_type(config).to(device)
     if teacher is not None:
         vae.teacher_mean, vae.teacher_std = mean, std
-    if cfg.recompute:
-        recompute_blocks(vae, Block)
     val_batches = val.fixed_batches(4, device)
 
     def features_of(batch):
@@ -80,28 +68,19 @@ def main():
             return None
         return teacher_features(teacher, batch.tokens)
 
-    def evaluate():
+    def loss_of(net, batch, generator, step):
+        beta = config.beta * min(step / max(config.beta_warmup, 1), 1)
+        return net(batch, features_of(batch), beta, generator)
+
+    def evaluate(vae):
         active = vae.standardise(training_sample)  # of the weights as they are now
         return evaluate_vae(vae, val_batches, features_of, active)
 
-    optimizers = make_optimizers(vae, Block, cfg, pick_dtype(device))
-    run = Run("vae", cfg, vae, vae, optimizers, identity)
-    for step in run.steps(evaluate):
-        learning_rate = run.learning_rate(step)
-        beta = config.beta * min(step / max(config.beta_warmup, 1), 1)
-        for batch, share, generator in run.micro_batches(corpus, weight_of):
-            with run.autocast:
-                losses = run.net(batch, features_of(batch), beta, generator)
-            (losses["loss"] * share).backward()
-            run.add(losses, share)
-        run.sum_gradients()  # of all processes
-        norm = nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        run.require_finite(norm)
-        for optimizer in optimizers:
-            set_learning_rate(optimizer, learning_rate)
-            optimizer.step()
-            optimizer.zero_grad()
-        run.end_step(norm, learning_rate)
+    train(Stage("vae", cfg, corpus, vae, identity), loss_of, weight_of, evaluate)
+
+
+def main():
+    train_vae(__doc__, Corpus, TextVAE, "vae")
 
 
 if __name__ == "__main__":

@@ -11,21 +11,18 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.config import PAPER_SCHEDULE, TINY, TrainConfig, command_line
 from engine.corpus import Corpus
 from engine.evaluation import lines_of_samples
-from engine.loop import Run, pick_device, pick_dtype, recompute_blocks, set_learning_rate
-from engine.muon import make_optimizers
-from engine.script import run_script
+from engine.terminal import pick_device, run_script
+from engine.train import Stage, train
 from textldm import (
     CONTEXT,
     GPT,
     OURS,
-    Block,
     TransformerConfig,
     cross_entropy,
     row_seeds,
@@ -93,10 +90,6 @@ def gpt_loss(gpt, batch):
     return weighted_mean(loss, batch.counted)
 
 
-def weight_of(batch):
-    return batch.counted.float().sum()
-
-
 @torch.no_grad()
 def evaluate(gpt, batches, corpus):
     """The mean loss, as a dict, and a text of it and four samples."""
@@ -121,32 +114,20 @@ def main():
     # token, and each of these positions has to be trained.
     corpus.N = val.N = config.block_size = corpus.N + 1
     config.vocab_size = corpus.meta["vocab_size"]
-    device, autocast = pick_device(cfg.device, corpus.N)
+    device, _ = pick_device(cfg.device, corpus.N)
     val_batches = val.fixed_batches(4, device)
     torch.manual_seed(cfg.seed)
     gpt = GPT(config).to(device)
-    if cfg.recompute:
-        recompute_blocks(gpt, Block)
+    whole = FIRST_COMMAND if is_first_command else 0.0
+    stage = Stage("gpt", cfg, corpus, gpt, dict(kind="gpt"), whole=whole)
 
-    optimizers = make_optimizers(gpt, Block, cfg, pick_dtype(device))
-    run = Run("gpt", cfg, gpt, gpt, optimizers, dict(corpus.identity, kind="gpt"))
-    if is_first_command:
-        run.whole_over_this = FIRST_COMMAND
-    for step in run.steps(lambda: evaluate(gpt, val_batches, corpus)):
-        learning_rate = run.learning_rate(step)
-        for batch, share, _ in run.micro_batches(corpus, weight_of):
-            with run.autocast:
-                loss = gpt_loss(run.net, batch)
-            (loss * share).backward()
-            run.add(dict(loss=loss), share)
-        run.sum_gradients()  # of all processes
-        norm = nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
-        run.require_finite(norm)
-        for optimizer in optimizers:
-            set_learning_rate(optimizer, learning_rate)
-            optimizer.step()
-            optimizer.zero_grad()
-        run.end_step(norm, learning_rate)
+    def loss_of(net, batch, generator, step):
+        return dict(loss=gpt_loss(net, batch))
+
+    def weight_of(batch):
+        return batch.counted.float().sum()
+
+    train(stage, loss_of, weight_of, lambda gpt: evaluate(gpt, val_batches, corpus))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ with probability t, and the network learns what was there. It sees how many toke
 is not told the time. Watch `loss`, an upper bound on the nats per token.
 """
 
-import copy
 import sys
 from pathlib import Path
 
@@ -18,21 +17,12 @@ import torch.nn as nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.config import DIT_PRESETS, TrainConfig, command_line
 from engine.corpus import Corpus
-from engine.loop import (
-    Run,
-    pick_device,
-    pick_dtype,
-    recompute_blocks,
-    set_learning_rate,
-    update_average,
-)
-from engine.muon import make_optimizers
-from engine.script import run_script
+from engine.terminal import pick_device, run_script
+from engine.train import Stage, train
 from textldm import (
     OURS,
     PADDING,
     TARGET,
-    Block,
     Sampling,
     Transformer,
     TransformerConfig,
@@ -43,6 +33,7 @@ from textldm import (
     texts_of,
     weighted_mean,
 )
+from train_dit import weight_of
 
 
 class MaskedLM(nn.Module):
@@ -121,10 +112,6 @@ def first_logits(model, prompts):
     return logits[range(len(prompts)), [len(prompt) for prompt in prompts]]
 
 
-def weight_of(batch):
-    return (batch.weight * (batch.segment == TARGET)).sum()
-
-
 @torch.no_grad()
 def evaluate(model, batches):
     loss = 0
@@ -142,32 +129,16 @@ def main():
     corpus = Corpus(cfg.data, "train", config.block_size)
     val = Corpus(cfg.data, "val", config.block_size)
     config.vocab_size, config.block_size = corpus.meta["vocab_size"], corpus.N
-    device, autocast = pick_device(cfg.device, corpus.N)
+    device, _ = pick_device(cfg.device, corpus.N)
     val_batches = val.fixed_batches(4, device)
     torch.manual_seed(cfg.seed)
     model = MaskedLM(config).to(device)
-    average = copy.deepcopy(model).requires_grad_(False)
-    if cfg.recompute:
-        recompute_blocks(model, Block)
+    stage = Stage("masked", cfg, corpus, model, dict(kind="masked"), has_average=True)
 
-    optimizers = make_optimizers(model, Block, cfg, pick_dtype(device))
-    run = Run("masked", cfg, model, average, optimizers, dict(corpus.identity, kind="masked"))
-    for step in run.steps(lambda: evaluate(average, val_batches)):
-        learning_rate = run.learning_rate(step)
-        for batch, share, generator in run.micro_batches(corpus, weight_of):
-            with run.autocast:
-                loss = masked_loss(run.net, batch, generator)
-            (loss * share).backward()
-            run.add(dict(loss=loss), share)
-        run.sum_gradients()  # of all processes
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        run.require_finite(norm)
-        for optimizer in optimizers:
-            set_learning_rate(optimizer, learning_rate)
-            optimizer.step()
-            optimizer.zero_grad()
-        update_average(average, model, step)
-        run.end_step(norm, learning_rate)
+    def loss_of(net, batch, generator, step):
+        return dict(loss=masked_loss(net, batch, generator))
+
+    train(stage, loss_of, weight_of, lambda average: evaluate(average, val_batches))
 
 
 if __name__ == "__main__":

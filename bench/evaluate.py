@@ -1,4 +1,4 @@
-"""Judges continuations: TextLDM beside the autoregressive GPT, between real text and floors.
+"""Judges continuations: TextLDM beside the autoregressive GPT, between real text and a floor.
 
     python baselines/gpt.py --seed=1234 --n_layer=6 --n_head=4 --n_embd=256 --max_steps=1000 \\
         --out=out/evaluator                               # the judge, once
@@ -9,32 +9,34 @@
 Validation documents are cut in prompt and reference. Every system continues the same prompts,
 within the same length, to the end of text. No one number tells how good the texts are. NLL and
 entropy must both be those of real text, because a system that collapses has a low NLL at a low
-entropy. NLL says that a text is fluent, not that it is relevant. ROUGE rewards frequent words. So
-the table has rows that are bad in a known way, its floors, and rows of models:
+entropy. NLL says that a text is fluent, not that it is relevant. Rows of the table:
 
     real      the references. Their MAUVE is that of two disjoint halves: the ceiling
-    other     references of other prompts: fluent, unrelated
-    unigram   words of the training text, drawn independently: no order
-    tokens    tokens of the training text, drawn independently
-    prompt    the prompt once more
+    unigram   words of the training text, drawn independently: the floor
     gpt       the autoregressive baseline (gpt:CHECKPOINT)
     masked    masked diffusion (masked:CHECKPOINT)
     textldm   a folder with dit.pt and vae.pt, or a checkpoint of any kind with vae.pt beside it
 
 KIND:PATH names another checkpoint. LABEL=KIND:PATH gives the row a name. Knobs are a sampler's
-settings: guidance, steps, temperature, nucleus. They are chosen on one half of the prompts, to be
-nearest to real text in NLL and entropy, and reported on the other half. The sweep on that other
-half is the frontier.
+settings. They are chosen on one half of the prompts, to be nearest to real text in NLL and entropy,
+and reported on the other half. The sweep on that other half is the frontier.
 
 Writes OUT/eval.json (everything) and OUT/eval.md (the tables). bench/plots.py draws the frontier.
 """
 
 import json
+import math
+import os
+import platform
+import re
+import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import regex  # tiktoken depends on it too
@@ -42,34 +44,19 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from bench.metrics import (
-    TrainingText,
-    at_entropy,
-    at_equal_count,
-    bert_score,
-    choose,
-    copied,
-    difference,
-    different,
-    entropy,
-    interval,
-    known,
-    mauve,
-    repeated,
-    rouge,
-    score,
-    words_and_pairs,
-)
+from baselines.gpt import generate
+from bench import metrics
+from bench.metrics import at_entropy, interval, rng_of
 from bench.ngram import WORD, WordModel
-from bench.report import commit, machine, report_of
-from bench.systems import References, make_system
 from engine.checkpoint import build, load_gpt_state, write_whole
-from engine.config import command_line
+from engine.config import UserError, command_line
 from engine.corpus import Corpus, encode
+from engine.terminal import pick_device, run_script
 from engine.prompts import fit, read_lines, room_for_prompts
-from engine.loop import pick_device
-from engine.script import UserError, run_script
-from textldm import GPT, TransformerConfig, option, row_seeds
+from textldm import GPT, Sampling, TransformerConfig, option, row_seeds
+from variants.writers import load_writer
+
+MODELS = dict(gpt="gpt.pt", masked="masked.pt", textldm="dit.pt")  # kinds, and their files
 
 
 @dataclass
@@ -83,7 +70,7 @@ class EvalConfig:
     unprompted: bool = option(False, "empty prompts: whole documents, compared with whole ones")
     seed: int = option(1, "of the benchmark, of the texts and of the intervals", 0, 2**31)
     systems: str = option(
-        "real,other,unigram,prompt,gpt,textldm", "rows of the table: [LABEL=]KIND[:PATH], ..."
+        "real,unigram,gpt,textldm", "rows of the table: [LABEL=]KIND[:PATH], ..."
     )
     texts: str = option(
         "", 'what another system wrote: JSON lines {"prompt", "text"}, matched by prompt'
@@ -99,19 +86,19 @@ class EvalConfig:
     top_p: str = option("0.9,1", "nuclei of the GPT to choose from")
     clusters: int = option(50, "of MAUVE; only equal ones compare", 2)
     batch_size: int = option(250, "prompts at once", 1)
+    likeness: bool = option(
+        False, "columns of ROUGE and BERTScore too: pip install rouge-score bert-score"
+    )
     device: str = option("auto", "cpu, cuda, mps, or auto")
 
 
-# ---- The benchmark -------------------------------------------------------------------------------
-
-
-def make_benchmark(corpus, path, n, seed, unprompted):
-    """Writes n validation documents, of at most a row, cut in prompt and reference.
+def make_benchmark(corpus, path, options):
+    """Writes validation documents, of at most a row, cut in prompt and reference. Raises UserError.
 
     The cut is where the word begins that is nearest to a place drawn in 40-60% of the characters,
     or at the start if unprompted. A stream has no short documents, so its documents end after a
     row."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(options.seed)
     ends = np.flatnonzero(corpus.tokens == corpus.eot) + 1
     lines = []
     for d in rng.permutation(len(ends)):
@@ -121,23 +108,20 @@ def make_benchmark(corpus, path, n, seed, unprompted):
             continue
         text = corpus.encoding.decode(ids[: corpus.N]).rstrip("\ufffd")
         place = rng.uniform(0.4, 0.6) * len(text)
-        cuts = [0] if unprompted else beginnings_of_words(text)
+        cuts = [0] if options.unprompted else beginnings_of_words(text)
         if cuts:
             cut = min(cuts, key=lambda i: abs(i - place))
-            ended = len(ids) < corpus.N
-            lines.append(dict(prompt=text[:cut], reference=text[cut:], ended=ended))
-        if len(lines) == n:
+            line = dict(prompt=text[:cut], reference=text[cut:], ended=len(ids) < corpus.N)
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        if len(lines) == options.n:
             break
-    if len(lines) < n:
+    if len(lines) < options.n:
         remedy = f"--n={len(lines)}" if len(lines) >= 8 else "prepare more, or name a --benchmark"
         raise UserError(
-            f"--n={n}, but only {len(lines)} documents of {corpus.path} fit a row and have a place "
-            f"between two words; {remedy}"
+            f"--n={options.n}, but only {len(lines)} documents of {corpus.path} fit a row and have "
+            f"a place between two words; {remedy}"
         )
-    out = []
-    for line in lines:
-        out.append(json.dumps(line, ensure_ascii=False) + "\n")
-    write_whole(path, "".join(out))
+    write_whole(path, "".join(lines))
 
 
 def beginnings_of_words(text):
@@ -151,27 +135,21 @@ def beginnings_of_words(text):
     return places or [b.start() for a, b in zip(words, words[1:]) if a.end() == b.start()]
 
 
-def benchmark_path(options, corpus):
-    """The path of the benchmark, which is made if it is the corpus's own and is not there yet."""
-    if options.benchmark and options.unprompted:
+def load_benchmark(options, corpus):
+    """The path of the benchmark, which is made if it is the corpus's own and is not there yet, and
+    a list of n dicts with the prompt, its ids, the reference, whether it ended, and in `next` the
+    reference of another prompt. Raises UserError."""
+    path = options.benchmark
+    if not path:
+        end = "_unprompted" if options.unprompted else ""
+        path = f"{options.data}/benchmark_{options.n}_{options.seed}_{corpus.N}{end}.jsonl"
+        if not Path(path).exists():
+            make_benchmark(corpus, path, options)
+    elif options.unprompted:
         raise UserError(
-            f"--unprompted cuts val documents, and --benchmark={options.benchmark} is cut already; "
+            f"--unprompted cuts val documents, and --benchmark={path} is cut already; "
             "leave one of them out"
         )
-    if options.benchmark:
-        return Path(options.benchmark)
-    name = f"benchmark_{options.n}_{options.seed}_{corpus.N}"
-    if options.unprompted:
-        name += "_unprompted"
-    path = Path(f"{options.data}/{name}.jsonl")
-    if not path.exists():
-        make_benchmark(corpus, path, options.n, options.seed, options.unprompted)
-    return path
-
-
-def load_benchmark(path, options, corpus):
-    """A list of n dicts with the prompt, its ids, the reference, whether it ended, and in `next`
-    the reference of another prompt."""
     lines = read_lines(path, ("prompt", "reference"))
     for i, line in enumerate(lines):
         if not line["reference"].strip():
@@ -186,27 +164,200 @@ def load_benchmark(path, options, corpus):
         line["ids"] = fit(encode(corpus.encoding, line["prompt"]), room, i + 1)
         line["ended"] = bool(line.get("ended", True))
         line["next"] = lines[i - 1]["reference"]
-    return lines
+    return path, lines
 
 
-# ---- The judge -----------------------------------------------------------------------------------
+# ---- The systems
+
+
+class System(NamedTuple):
+    """What writes. `write` continues the prompts of lines, dicts of the benchmark, by one of the
+    settings in `knobs`, with a seed for each line: write(lines, knob, seeds). It returns a list of
+    (text, whether it ended), and how often a network is evaluated for one text."""
+
+    write: Callable
+    knobs: list = [{}]
+    longest_row: float = math.inf  # in tokens, of a prompt and what follows it
+
+
+def references(lines, knob, seeds):
+    return [(line["reference"], line["ended"]) for line in lines], 0
+
+
+def random_words(corpus):
+    """Draws words of the training text independently: no order. A text has as many as another
+    prompt's reference."""
+    train = Corpus(corpus.path.parent, "train", corpus.N)
+    count = 500 if train.is_stream else 20_000
+    rows = train.batch(np.random.default_rng(0), count, train.N).tokens
+    texts = [text for text, _ in decode(rows.tolist(), corpus)]
+    words = np.array(" ".join(texts).split())
+
+    def write(lines, knob, seeds):
+        rng = np.random.default_rng(seeds)
+        texts = []
+        for line in lines:
+            drawn = rng.choice(words, len(line["next"].split()))
+            texts.append(("".join(" " + word for word in drawn), True))
+        return texts, 0
+
+    return System(write)
+
+
+def given_texts(path):
+    """What another system wrote: a file of JSON lines, matched by prompt."""
+    given = read_lines(path, ("prompt", "text"))
+
+    def write(lines, knob, seeds):
+        left = {}
+        for line in given:
+            left.setdefault(line["prompt"], []).append(line)
+        texts = []
+        for line in lines:
+            prompt = line["prompt"]
+            if not left.get(prompt):
+                raise UserError(
+                    f"{path} does not match the benchmark: no text for the prompt {prompt!r}"
+                )
+            found = left[prompt].pop(0)  # prompts may repeat; each takes its next text
+            texts.append((found["text"], bool(found.get("ended", True))))
+        return texts, 0
+
+    return System(write)
+
+
+def autoregressive(path, options, corpus, device):
+    """A GPT. Its settings are the nucleus and the temperature."""
+    if Path(path).resolve() == Path(options.evaluator).resolve():
+        raise UserError(
+            f"{path} cannot be judged by itself; train another --evaluator, with another --seed"
+        )
+    gpt = build(GPT, TransformerConfig, load_gpt_state(str(path))).to(device)
+
+    def write(lines, knob, seeds):
+        rows = generate(gpt, [line["ids"] for line in lines], 0, seed=seeds, **knob)
+        return decode(rows, corpus), sum(len(row) for row in rows) / len(rows)
+
+    knobs = settings(options, ["top_p", "temperature"])
+    return System(write, knobs, gpt.config.block_size - 1)  # it reads an end-of-text token first
+
+
+def diffusion(writer, options, corpus):
+    """A model that writes in steps. Its settings are the steps, and where it has them the guidance
+    scale, the tokens to keep and the temperature."""
+
+    def write(lines, knob, seeds):
+        scale, keep = knob.get("cfg", 1.0), int(knob.get("keep", 0))
+        sampling = Sampling(int(knob["steps"]), scale, knob.get("temperature", 1.0), seeds)
+        rows = writer.write([line["ids"] for line in lines], 0, sampling, keep=keep)
+        evaluations = sampling.steps
+        if scale != 1:
+            evaluations *= 2  # with and without the context
+        if part := writer.block or keep:
+            evaluations *= sum(math.ceil(len(row) / part) for row in rows) / len(rows)
+        return decode(rows, corpus), evaluations
+
+    names = ["steps"]
+    if writer.kind != "masked":
+        names.append("cfg")
+    if options.keep != "0" and not writer.block:
+        names.append("keep")
+    if writer.has_temperature:
+        names.append("temperature")
+    return System(write, settings(options, names), writer.block_size)
+
+
+def settings(options, names):
+    """All combinations of the numbers of these options: a list of dicts. Raises UserError."""
+    values = []
+    for name in names:
+        text = getattr(options, name)
+        try:
+            values.append([float(x) for x in text.split(",")])
+        except ValueError:
+            raise UserError(f"--{name}={text}: expected numbers with commas between") from None
+        if not all((name == "steps") <= x < 1e6 for x in values[-1]):
+            raise UserError(f"--{name}={text}: out of range")
+    return [dict(zip(names, chosen)) for chosen in product(*values)]
+
+
+def decode(rows, corpus):
+    """Lists of ids -> (text, whether it ended) of each."""
+    texts = []
+    for row in rows:
+        text = corpus.encoding.decode([i for i in row if i != corpus.eot])
+        texts.append((text, corpus.eot in row))
+    return texts
+
+
+def load_model(kind, path, options, corpus, device):
+    """The System of a checkpoint, or of a folder of one. Its VAE is vae.pt beside it."""
+    path = path or f"{options.out}/{MODELS[kind]}"
+    if kind == "textldm" and Path(path).is_dir():
+        path = f"{path}/dit.pt"
+    writer = load_writer(path, Path(path).with_name("vae.pt"), device)
+    if kind not in (writer.kind, "textldm"):
+        raise UserError(f"--systems: {path} holds a {writer.kind}, and no {kind}")
+    if writer.tokenizer != corpus.tokenizer:
+        raise UserError(
+            f"{path} was trained with another vocabulary than {options.data}; name the right --data"
+        )
+    if writer.kind == "gpt":
+        return autoregressive(path, options, corpus, device)
+    return diffusion(writer, options, corpus)
+
+
+def make_systems(options, corpus, device):
+    """The systems by label, and the labels of those of kind textldm. Lowers corpus.N to the longest
+    row that all of them can write. Raises UserError."""
+    specs = [spec.strip() for spec in options.systems.split(",")]
+    if options.texts:
+        specs.append(f"{Path(options.texts).name}=texts:{options.texts}")
+    systems = {}
+    ours = []
+    for spec in specs:
+        label, _, rest = spec.rpartition("=")
+        label = label or rest
+        kind, _, path = rest.partition(":")
+        if label in systems:
+            raise UserError(
+                f"--systems: two rows are called {label!r}; name them apart, LABEL=KIND:PATH"
+            )
+        if kind == "real":
+            systems[label] = System(references)
+        elif kind == "unigram":
+            systems[label] = random_words(corpus)
+        elif kind == "texts":
+            systems[label] = given_texts(path)
+        elif kind in MODELS:
+            systems[label] = load_model(kind, path, options, corpus, device)
+        else:
+            kinds = ", ".join(MODELS)
+            raise UserError(f"--systems: there is no kind {kind!r}; real, unigram, {kinds}")
+        corpus.N = min(corpus.N, systems[label].longest_row)
+        if kind == "textldm":
+            ours.append(label)
+    return systems, ours
+
+
+# ---- The judge
 
 
 class Measured(NamedTuple):
-    """What a system wrote to all n prompts, with one setting, and what the evaluator makes of
+    """What a system wrote to one half of the prompts, with one setting, and what the judges make of
     it."""
 
+    prompts: list  # n strings
     texts: list  # n strings
     ended: list  # n bools
-    evaluations: float  # of a network, for a text
-    seconds: float  # of the writing alone
     nll: np.ndarray  # (n,), in nats
+    tokens: list  # n arrays, without the end-of-text
+    count: np.ndarray  # (n,), numbers of tokens, with it
+    features: np.ndarray  # (n, E)
     word_nll: np.ndarray  # (n,), in nats, by counts of words
     word_count: np.ndarray  # (n,)
-    features: np.ndarray  # (n, E)
-    tokens: np.ndarray  # (n,), numbers of tokens
-    words: list  # n arrays of tokens, without the end-of-text
-    pairs: list  # n arrays of pairs of neighbouring tokens
+    evaluations: float  # of a network, for a text
+    seconds: float  # for all prompts, of both halves
 
 
 class Judge:
@@ -215,25 +366,19 @@ class Judge:
 
     corpus.N is the longest row, a prompt and its text, that all systems can write."""
 
-    def __init__(self, options, corpus, lines, autocast, device):
-        self.options = options
-        self.corpus = corpus
-        self.lines = lines
-        self.autocast = autocast
-        state = load_gpt_state(options.evaluator)
-        self.tokenizer = state["tokenizer"]
-        self.evaluator = build(GPT, TransformerConfig, state).to(device)
-        self.rng = np.random.default_rng(options.seed)
-        half = len(lines) // 2
-        self.choosing = slice(0, half)
-        self.reporting = slice(half, None)
-        self.training = TrainingText(corpus)
+    def __init__(self, options, corpus, lines, evaluator):
+        """evaluator: the state of a checkpoint of a GPT."""
+        self.options, self.corpus, self.lines = options, corpus, lines
+        # The kind of attention depends on the length of rows.
+        device, self.autocast = pick_device(options.device, corpus.N)
+        self.tokenizer = evaluator["tokenizer"]
+        self.evaluator = build(GPT, TransformerConfig, evaluator).to(device)
+        self.training = metrics.TrainingText(corpus)
         self.word_model = WordModel(self.training.texts)
-        self.clusters = min(options.clusters, half // 4)  # the same for halves as for wholes
-        self.truth = self.measure(References(), {})
+        self.clusters = min(options.clusters, len(lines) // 8)  # the same for halves as for wholes
+        self.chosen_by, self.real = self.measure(System(references), {})
         # Half of what real text has: all of it would not be a draw.
-        self.count_of_words = sum(len(x) for x in self.truth.words[self.choosing]) // 2
-        self.count_of_pairs = sum(len(x) for x in self.truth.pairs[self.choosing]) // 2
+        self.count = sum(len(ids) for ids in self.chosen_by.tokens) // 2
 
     def write(self, system, knob):
         """(text, whether it ended) for all lines, each cut to the room that a row leaves after its
@@ -250,139 +395,95 @@ class Judge:
             texts += new
             evaluations += of_each * len(some) / len(self.lines)
         seconds = time.time() - began
-        encoding = self.corpus.encoding
         for i, (text, ended) in enumerate(texts):
-            ids = encode(encoding, text)
+            ids = encode(self.corpus.encoding, text)
             room = self.corpus.N - len(self.lines[i]["ids"])
             if len(ids) + ended > room:
-                texts[i] = encoding.decode(ids[:room]).rstrip("\ufffd"), False
+                texts[i] = self.corpus.encoding.decode(ids[:room]).rstrip("\ufffd"), False
         return texts, evaluations, seconds
 
     def measure(self, system, knob):
-        texts, evaluations, seconds = self.write(system, knob)
+        """What a system writes with these settings: a Measured of the half of the prompts by which
+        settings are chosen, and one of the half that is reported."""
+        texts, *costs = self.write(system, knob)
         prompts = [line["prompt"] for line in self.lines]
-        nll, rows, features = score(self.evaluator, self.tokenizer, prompts, texts, self.autocast)
-        words, pairs = words_and_pairs(rows, self.tokenizer["eot"])
-        word_nll, word_count = self.word_model.score(prompts, texts)
+        half = len(texts) // 2
+        choosing = self.judge(prompts[:half], texts[:half], costs)
+        return choosing, self.judge(prompts[half:], texts[half:], costs)
+
+    def judge(self, prompts, texts, costs):
+        nll, rows, features = metrics.score(
+            self.evaluator, self.tokenizer, prompts, texts, self.autocast
+        )
+        eot = self.tokenizer["eot"]
+        tokens = [np.array([i for i in row if i != eot], dtype=np.int64) for row in rows]
+        count = np.array([len(row) for row in rows])
+        by_words = self.word_model.score(prompts, texts)
+        written, ended = zip(*texts)
         return Measured(
-            texts=[text for text, _ in texts],
-            ended=[ended for _, ended in texts],
-            evaluations=evaluations,
-            seconds=seconds,
-            nll=nll,
-            word_nll=word_nll,
-            word_count=word_count,
-            features=features,
-            tokens=np.array([len(row) for row in rows]),
-            words=words,
-            pairs=pairs,
+            prompts, list(written), ended, nll, tokens, count, features, *by_words, *costs
         )
 
-    def point(self, measured, part):
-        """NLL per token by the GPT, NLL per word by counts, and entropy, of a half of the
-        prompts."""
-        nll = float(measured.nll[part].sum() / max(measured.tokens[part].sum(), 1))
-        by_words = float(measured.word_nll[part].sum() / max(measured.word_count[part].sum(), 1))
-        spread, _ = at_equal_count(entropy, measured.words[part], self.count_of_words, self.rng)
-        return dict(nll=nll, nll_word=by_words, entropy=spread)
+    def rng(self, name):
+        return rng_of(self.options.seed, name)
 
-    def judge(self, system, bar):
+    def entropy(self, measured):
+        rng = self.rng("entropy")
+        return metrics.at_equal_count(metrics.entropy, measured.tokens, self.count, rng)
+
+    def point(self, measured):
+        """NLL per token by the GPT, NLL per word by counts, and entropy."""
+        nll = measured.nll.sum() / max(measured.count.sum(), 1)
+        by_words = measured.word_nll.sum() / max(measured.word_count.sum(), 1)
+        spread, _ = self.entropy(measured)
+        return dict(nll=float(nll), nll_word=float(by_words), entropy=spread)
+
+    def try_all(self, system, bar):
         """Tries all settings of a system. Returns its row of the table, its points of the frontier
         (none, if it has no settings), and numbers of each text."""
-        tried = []
+        points = []
+        reported = []
         for knob in system.knobs:
-            tried.append(self.measure(system, knob))
+            choosing, reporting = self.measure(system, knob)
+            points.append(self.point(choosing))
+            reported.append(reporting)
             bar.update()
         frontier = []
         if system.knobs[0]:
-            for knob, measured in zip(system.knobs, tried):
-                frontier.append(dict(self.point(measured, self.reporting), knob=knob))
-        points = [self.point(measured, self.choosing) for measured in tried]
-        best = choose(points, self.point(self.truth, self.choosing))
-        measured = tried[best]
-        scores = rouge(measured.texts[self.reporting], self.truth.texts[self.reporting])
-        row = dict(knob=system.knobs[best], **self.row(measured, scores))
-        per_text = dict(
-            texts=measured.texts[self.reporting],
-            nll=measured.nll[self.reporting].tolist(),
-            tokens=measured.tokens[self.reporting].tolist(),
-            rouge_1=scores if isinstance(scores, str) else [row[0] for row in scores],
-        )
-        return row, frontier, per_text
+            for knob, measured in zip(system.knobs, reported):
+                frontier.append(dict(self.point(measured), knob=knob))
+        best = metrics.choose(points, self.point(self.chosen_by))
+        row = dict(knob=system.knobs[best], **self.row(reported[best]))
+        nll, tokens = reported[best].nll.tolist(), reported[best].count.tolist()
+        return row, frontier, dict(texts=reported[best].texts, nll=nll, tokens=tokens)
 
-    def row(self, measured, scores):
-        """The columns of a system, of the reported half. scores are those of rouge."""
-        part = self.reporting
-        rng = self.rng
-        texts = measured.texts[part]
-        nll = measured.nll[part]
-        tokens = measured.tokens[part]
+    def row(self, measured):
+        """The columns of a system."""
+        texts, prompts = measured.texts, measured.prompts
         size = np.array([len(text.encode("utf-8", "replace")) for text in texts])
-        prompts = [line["prompt"] for line in self.lines[part]]
-        real = self.truth.features[self.choosing]
-
-        # The order of these lines is that of the random draws.
-        row = dict(nll=interval(nll, rng, tokens), nll_byte=interval(nll, rng, size))
-        row["nll_word"] = interval(measured.word_nll[part], rng, measured.word_count[part])
-        words = measured.words[part]
-        row["entropy"] = at_equal_count(entropy, words, self.count_of_words, rng)
-        pairs = measured.pairs[part]
-        row["distinct_2"] = at_equal_count(different, pairs, self.count_of_pairs, rng)
-        row["mauve"] = mauve(real, measured.features[part], self.clusters, rng)
-        row["rouge"] = scores
-        if not isinstance(scores, str):
-            row["rouge"] = [interval(np.array(column), rng) for column in zip(*scores)]
-        row["bertscore"] = bert_score(texts, self.truth.texts[part])
-        if not isinstance(row["bertscore"], str):
-            row["bertscore"] = interval(row["bertscore"], rng)
-        row["copied_prompt"], row["copied_train"] = copied(texts, prompts, self.training)
-        row["words_known"], row["copies"] = known(texts, prompts, self.training)
-        row["repeated"] = repeated(texts, prompts)
-        row["tokens"] = float(tokens.mean())
-        row["ended"] = float(np.mean(measured.ended[part]))
+        row = dict(nll=interval(measured.nll, self.rng("nll"), measured.count))
+        row["nll_byte"] = interval(measured.nll, self.rng("nll_byte"), size)
+        row["nll_word"] = interval(measured.word_nll, self.rng("nll_word"), measured.word_count)
+        row["entropy"] = self.entropy(measured)
+        # Of other prompts, so that real text is not compared with itself.
+        references = self.chosen_by.features
+        rng = self.rng("mauve")
+        row["mauve"] = metrics.mauve(references, measured.features, self.clusters, rng)
+        copied = metrics.copied(texts, prompts, self.training)
+        row["copied_prompt"], row["copied_train"] = copied
+        row["words_known"], row["copies"] = metrics.known(texts, prompts, self.training)
+        row["repeated"] = metrics.repeated(texts, prompts)
+        row["tokens"] = float(measured.count.mean())
+        row["ended"] = metrics.percent(measured.ended)
         row["evaluations"] = float(measured.evaluations)
         row["seconds"] = measured.seconds
+        if self.options.likeness:
+            values = metrics.rouge(texts, self.real.texts)
+            values["bertscore"] = metrics.bert_score(texts, self.real.texts)
+            for name, value in values.items():
+                is_absent = isinstance(value, str)
+                row[name] = value if is_absent else interval(value, self.rng(name))
         return row
-
-
-# ---- The run -------------------------------------------------------------------------------------
-
-
-def name_evaluator(options):
-    """Sets the default of --evaluator. Raises UserError if it is missing."""
-    if options.evaluator:
-        return
-    options.evaluator = f"{options.out}/evaluator/gpt.pt"
-    if not Path(options.evaluator).is_file():
-        raise UserError(
-            f"{options.evaluator} is missing; make it with baselines/gpt.py --data={options.data} "
-            "--seed=1234 --n_layer=6 --n_head=4 --n_embd=256 --max_steps=1000 "
-            f"--out={options.out}/evaluator, or name another --evaluator"
-        )
-
-
-def make_systems(options, corpus, device):
-    """The systems by label, and the labels of those of kind textldm. Lowers corpus.N to the longest
-    row that all of them can write."""
-    specs = [spec.strip() for spec in options.systems.split(",")]
-    if options.texts:
-        specs.append(f"texts:{options.texts}")
-    systems = {}
-    ours = []
-    for spec in specs:
-        label, _, rest = spec.rpartition("=")
-        kind, _, path = rest.partition(":")
-        if not label:
-            label = Path(path).name if kind == "texts" else rest
-        if label in systems:
-            raise UserError(
-                f"--systems: two rows are called {label!r}; name them apart, LABEL=KIND:PATH"
-            )
-        systems[label] = make_system(kind, path, options, corpus, device)
-        corpus.N = min(corpus.N, systems[label].longest_row)
-        if kind == "textldm":
-            ours.append(label)
-    return systems, ours
 
 
 def judge_all(judge, systems, ours):
@@ -393,52 +494,132 @@ def judge_all(judge, systems, ours):
     total = sum(len(system.knobs) for system in systems.values())
     with tqdm(total=total, desc="evaluate") as bar:
         for name, system in systems.items():
-            rows[name], points, texts[name] = judge.judge(system, bar)
+            rows[name], points, texts[name] = judge.try_all(system, bar)
             if points:
                 frontier[name] = points
-    real = judge.point(judge.truth, judge.reporting)
-    nll_at_real_entropy = {}
-    nll_word_at_real_entropy = {}
-    differences = {}
-    for name, points in frontier.items():
-        nll_at_real_entropy[name] = at_entropy(points, real["entropy"], "nll")
-        nll_word_at_real_entropy[name] = at_entropy(points, real["entropy"], "nll_word")
-        differences[name] = {}
+    result = dict(systems=rows, frontier=frontier, real=judge.point(judge.real), texts=texts)
+    for key in ("nll", "nll_word"):
+        there = {}
+        for name, points in frontier.items():
+            there[name] = at_entropy(points, result["real"]["entropy"], key)
+        result[f"{key}_at_real_entropy"] = there
+    result["differences"] = {name: {} for name in frontier}
+    for name, found in result["differences"].items():
         for other in ours:
             if other != name:
-                more = difference(texts[name], texts[other], judge.rng)
-                differences[name][other] = more
-    return dict(
-        systems=rows,
-        frontier=frontier,
-        real=real,
-        nll_at_real_entropy=nll_at_real_entropy,
-        nll_word_at_real_entropy=nll_word_at_real_entropy,
-        differences=differences,
-        texts=texts,
-    )
+                rng = judge.rng("difference")
+                found[other] = metrics.difference(texts[name], texts[other], rng)
+    return result
+
+
+# ---- The report
+
+
+def report_of(result, ours):
+    """The text of eval.md, from the dict of eval.json. ours: the names of the rows that all others
+    are compared with."""
+    setting = result["setting"]
+    lines = [
+        f"`{setting['command']}`, commit {setting['commit']}, {setting['machine']}.\n\n"
+        f"{setting['n'] - setting['n'] // 2} prompts of {setting['benchmark']} (knobs chosen on "
+        f"the other half), rows of at most {setting['row']} tokens; NLL and MAUVE's features: "
+        f"{setting['evaluator']}, {setting['clusters']} clusters; entropy of {setting['count']} "
+        "tokens. NLL is in nats. What is copied, known, repeated or ended, and MAUVE, is in "
+        f"percent. ± is half of a 95% interval. Seconds are for {setting['n']} prompts.\n",
+    ]
+    for name, row in result["systems"].items():
+        if len(lines) == 1:
+            lines += head_of([title.replace("_", " ") for title in row])
+        knob, *numbers = row.values()
+        knob = " ".join(f"{key} {value:g}" for key, value in knob.items())
+        lines.append(line_of([name, knob, *map(cell, numbers)]))
+    if result["frontier"]:
+        lines += frontier_lines(result, ours)
+    return "\n".join(lines) + "\n"
+
+
+def head_of(titles):
+    return [line_of(["", *titles]), "|" + "---|" * (1 + len(titles))]
+
+
+def line_of(cells):
+    return "| " + " | ".join(cells) + " |"
+
+
+def cell(x):
+    """A number, a (number, half an interval), or a string that says why there is none."""
+    if isinstance(x, str):
+        return x
+    return " ± ".join(f"{number:.2f}" for number in (x if isinstance(x, tuple) else [x]))
+
+
+def frontier_lines(result, ours):
+    """NLL at the entropy of real text, and differences between systems."""
+    real = result["real"]
+    there = result["nll_at_real_entropy"]
+    gpts = [nll for name, nll in there.items() if "top_p" in result["systems"][name]["knob"]]
+    lines = [
+        "\nFrontier: NLL a token at the entropy of real text (which has "
+        f"{real['nll']:.2f} at {real['entropy']:.2f}), its perplexity as a multiple of the first "
+        f"GPT's, and NLL a word by counts there (real text: {real['nll_word']:.2f}). Then how much "
+        "more NLL a token a row has than a column, at the chosen knobs, paired by prompt:\n",
+        *head_of(["NLL there", "perplexity", "by counts", *[f"than {name}" for name in ours]]),
+    ]
+    for name, nll in there.items():
+        cells = ["not reached", "", ""]
+        if nll is not None:
+            has_base = gpts and gpts[0] is not None
+            times = f"{math.exp(nll - gpts[0]):.2f} x" if has_base else ""
+            cells = [f"{nll:.2f}", times, f"{result['nll_word_at_real_entropy'][name]:.2f}"]
+        differences = result["differences"][name]
+        cells += [cell(differences.get(other, "")) for other in ours]
+        lines.append(line_of([name, *cells]))
+    return lines
+
+
+def machine(device):
+    """Processor and accelerator, in words."""
+    names = [platform.processor()]
+    if Path("/proc/cpuinfo").exists():
+        names += re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    text = f"{os.cpu_count()} x {names[-1]}"
+    if device.type == "cuda":
+        text += f", {torch.cuda.get_device_name()}"
+    return text
+
+
+def commit():
+    """The commit of this code, and whether it was changed since."""
+    command = ("git", "describe", "--always", "--dirty", "--exclude=*")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip()
 
 
 def main():
     (options,) = command_line(__doc__, EvalConfig)
+    missing = [name for name in ("rouge_score", "bert_score") if not find_spec(name)]
+    if options.likeness and missing:
+        raise UserError("--likeness needs more packages: pip install rouge-score bert-score")
+    options.evaluator = options.evaluator or f"{options.out}/evaluator/gpt.pt"
+    evaluator = load_gpt_state(options.evaluator)
     device, _ = pick_device(options.device)
-    name_evaluator(options)
     corpus = Corpus(options.data, "val", 1024)
     systems, ours = make_systems(options, corpus, device)
-    path = benchmark_path(options, corpus)
-    lines = load_benchmark(path, options, corpus)
-    _, autocast = pick_device(options.device, corpus.N)  # the kind of attention depends on it
-    judge = Judge(options, corpus, lines, autocast, device)
+    path, lines = load_benchmark(options, corpus)
+    judge = Judge(options, corpus, lines, evaluator)
     result = judge_all(judge, systems, ours)
     setting = dict(
         asdict(options),
         command=" ".join(sys.argv),
         commit=commit(),
         machine=machine(device),
-        benchmark=str(path),
+        benchmark=path,
         row=corpus.N,
         clusters=judge.clusters,
-        count=judge.count_of_words,
+        count=judge.count,
     )
     result = dict(setting=setting, **result)
     text = report_of(result, ours)

@@ -1,7 +1,4 @@
-"""What bench/evaluate.py measures: numbers of texts, their intervals, and curves of such numbers.
-
-A metric whose package is missing is a string that says what to install.
-"""
+"""What bench/evaluate.py measures: numbers of texts, their intervals, curves of such numbers."""
 
 import math
 import os
@@ -17,9 +14,12 @@ from engine.corpus import Corpus, encode, load_encoding
 from textldm import cross_entropy
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # BERTScore never fetches weights: it is computed where they are
+PIECE = 2**24  # tokens of the training text that are compared at once, for the memory
 
 
-# ---- What an independent GPT thinks of texts -----------------------------------------------------
+def rng_of(seed, name):
+    """The generator of one metric, by its name. So no metric moves the draws of another."""
+    return np.random.default_rng([seed, *name.encode()])
 
 
 @torch.no_grad()
@@ -30,31 +30,25 @@ def score(gpt, tokenizer, prompts, texts, autocast):
     the final hidden state at its last token. MAUVE compares these; its authors take those of
     gpt2-large."""
     eot = tokenizer["eot"]
-    V, E = gpt.wte.weight.shape
     new, rows = rows_to_score(tokenizer, prompts, texts, gpt.config.block_size)
-    nll = np.zeros(len(rows))
-    features = torch.zeros(len(rows), E)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    while order:
-        longest = len(rows[order[-1]])
-        B = max(1, 2**26 // (V * longest))  # so that the logits fit in memory
-        some, order = order[-B:], order[:-B]
-        x = torch.full((len(some), longest), eot)  # (B, N)
-        for k, i in enumerate(some):
-            x[k, : len(rows[i])] = torch.tensor(rows[i])
+    longest = max(len(row) for row in rows)
+    B = max(1, 2**26 // (gpt.config.vocab_size * longest))  # so that the logits fit in memory
+    nll = []
+    features = []
+    for start in range(0, len(rows), B):
+        some = rows[start : start + B]
+        x = torch.tensor([row + [eot] * (longest - len(row)) for row in some])  # (B, N)
         x = x.to(gpt.wte.weight.device)
         with autocast:
             h = gpt.ln_f(gpt.hidden_states(x, gpt.config.n_layer))  # (B, N, E)
             logits = F.linear(h, gpt.wte.weight).float()  # (B, N, V)
         loss = cross_entropy(logits[:, :-1], x[:, 1:]).cpu()  # (B, N - 1)
-        for k, i in enumerate(some):
-            end = len(rows[i])
-            start = end - len(new[i])
-            nll[i] = loss[k, start - 1 : end - 1].double().sum()
-            has_end_of_text = new[i][-1:] == [eot]
-            last = end - 2 if has_end_of_text else end - 1
-            features[i] = h[k, last].float().cpu()
-    return nll, new, features.numpy()
+        for k, (row, ids) in enumerate(zip(some, new[start:])):
+            end = len(row) - 1
+            nll.append(loss[k, end - len(ids) : end].double().sum().item())
+            has_end_of_text = ids[-1:] == [eot]
+            features.append(h[k, end - has_end_of_text].float().cpu())
+    return np.array(nll), new, torch.stack(features).numpy()
 
 
 def rows_to_score(tokenizer, prompts, texts, block_size):
@@ -62,21 +56,16 @@ def rows_to_score(tokenizer, prompts, texts, block_size):
 
     Prompt and text are tokenised apart. The end-of-text counts as a token of a text that ended."""
     encoding = load_encoding(tokenizer)
-    eot = tokenizer["eot"]
     new = []
     rows = []
     for prompt, (text, ended) in zip(prompts, texts):
-        ids = encode(encoding, text)
+        ids = encode(encoding, text)[: block_size - 1]
         if ended and len(ids) < block_size - 1:
-            ids = ids + [eot]
-        ids = ids[: block_size - 1]
-        before = [eot] + encode(encoding, prompt)
+            ids.append(tokenizer["eot"])
+        before = [tokenizer["eot"], *encode(encoding, prompt)]
         new.append(ids)
         rows.append(before[-(block_size - len(ids)) :] + ids)
     return new, rows
-
-
-# ---- Likeness to references ----------------------------------------------------------------------
 
 
 class Words:
@@ -92,20 +81,24 @@ def words_of(text):
 
 
 def rouge(texts, references):
-    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L of each text (n lists of three), times 100; without
-    stemming."""
+    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L (n,), times 100: a dict. Without stemming."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=Words())
+    scores = [list(scorer.score(*pair).values()) for pair in zip(references, texts)]
+    values = 100 * np.array([[score.fmeasure for score in row] for row in scores])
+    return dict(rouge_1=values[:, 0], rouge_2=values[:, 1], rouge_l=values[:, 2])
+
+
+def bert_score(texts, references):
+    """F1 of BERTScore (n,), times 100, by roberta-large, which reads English."""
+    import bert_score as package
+
     try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        return "pip install rouge-score"
-    if not any(words_of(reference) for reference in references):
-        return "no reference has a word"
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False, tokenizer=Words())
-    rows = []
-    for text, reference in zip(texts, references):
-        scores = scorer.score(reference, text)
-        rows.append([100 * score.fmeasure for score in scores.values()])
-    return rows
+        _, _, f1 = package.score(texts, references, lang="en")
+    except OSError:  # transformers finds no file
+        return "roberta-large is not on this machine"
+    return 100 * f1.numpy()
 
 
 def mauve(real, features, clusters, rng):
@@ -124,10 +117,10 @@ def mauve(real, features, clusters, rng):
     def half_of(x):
         return x[rng.permutation(len(x))[: len(x) // 2]]
 
-    whole = quiet_mauve(package, real, features, clusters)
     halves = []
     for _ in range(8):
         halves.append(quiet_mauve(package, half_of(real), half_of(features), clusters))
+    whole = quiet_mauve(package, real, features, clusters)
     return whole, 1.96 * float(np.std(halves, ddof=1))
 
 
@@ -149,32 +142,6 @@ def quiet_mauve(package, p, q, clusters):
         os.close(null)
 
 
-def bert_score(texts, references):
-    """F1 of BERTScore (n,), times 100, where its weights are on this machine. They are of English.
-    An empty text has 0."""
-    letters = regex.findall(r"\p{L}", "".join(references))
-    if sum(letter.isascii() for letter in letters) <= len(letters) / 2:
-        return "its model reads English"
-    rows = [i for i, pair in enumerate(zip(texts, references)) if all(x.strip() for x in pair)]
-    if not rows:
-        return "all texts are empty"
-    try:
-        import bert_score as package
-
-        some = [texts[i] for i in rows], [references[i] for i in rows]
-        _, _, f1 = package.score(*some, lang="en")
-    except ImportError:
-        return "pip install bert-score"
-    except OSError:  # transformers finds no file
-        return "roberta-large is not on this machine"
-    scores = np.zeros(len(texts))
-    scores[rows] = 100 * f1.numpy()
-    return scores
-
-
-# ---- Diversity -----------------------------------------------------------------------------------
-
-
 def entropy(tokens):
     """Entropy, in nats, of the frequencies of tokens (an array). It is low where a system repeats
     itself."""
@@ -183,20 +150,16 @@ def entropy(tokens):
     return float(-(p * np.log(p)).sum())
 
 
-def different(items):
-    """Different items (an array), in percent of all."""
-    return 100 * len(np.unique(items)) / len(items)
-
-
 def at_equal_count(statistic, rows, count, rng, repeats=20):
     """The mean of a statistic of `count` items of the rows (arrays), and half of a 95% interval.
+    NaN where the rows have hardly more items than that.
 
-    Entropy and distinct-2 grow with the count, so all systems have the same count. Items come from
+    Entropy grows with the count, so all systems have the same count. Items come from
     texts in random orders, because resampling with replacement would lower the statistic. Such
     draws overlap: their spread is corrected for the share of all items that they take."""
     share = count / max(sum(len(row) for row in rows), 1)
-    if share > 0.9:  # the system writes about half of what real text has, or less
-        return float("nan"), float("nan")
+    if share > 0.9:
+        return math.nan, math.nan
     values = []
     for _ in range(repeats):
         order = rng.permutation(len(rows))
@@ -204,21 +167,6 @@ def at_equal_count(statistic, rows, count, rng, repeats=20):
         values.append(statistic(items[:count]))
     half = 1.96 * float(np.std(values, ddof=1))
     return float(np.mean(values)), half * (share / (1 - share)) ** 0.5
-
-
-def words_and_pairs(rows, eot):
-    """For each list of ids, an array without the end-of-text, and one of its pairs of neighbours. A
-    pair is one number."""
-    words = []
-    pairs = []
-    for row in rows:
-        ids = np.array([i for i in row if i != eot], dtype=np.int64)
-        words.append(ids)
-        pairs.append(ids[:-1] * 2**32 + ids[1:])
-    return words, pairs
-
-
-# ---- Copies and words ----------------------------------------------------------------------------
 
 
 class TrainingText:
@@ -237,39 +185,29 @@ class TrainingText:
 def copied(texts, prompts, training):
     """How many of the texts' 4-grams of tokens are in their own prompt, and in the training text,
     in percent."""
-    encoding = training.encoding
-    grams, owner = four_grams([encode(encoding, text) for text in texts])
-    if not len(grams):
-        return float("nan"), float("nan")
+    grams = []
     in_prompt = []
-    for i, prompt in enumerate(prompts):
-        grams_of_prompt, _ = four_grams([encode(encoding, prompt)])
-        in_prompt.append(np.isin(grams[owner == i], grams_of_prompt))
+    for prompt, text in zip(prompts, texts):
+        grams.append(hash_4(encode(training.encoding, text)))
+        grams_of_prompt = hash_4(encode(training.encoding, prompt))
+        in_prompt.append(np.isin(grams[-1], grams_of_prompt))
+    grams = np.concatenate(grams)
+    if not len(grams):
+        return math.nan, math.nan
     in_training = np.zeros(len(grams), bool)
-    tokens = training.tokens
-    for start in range(0, len(tokens) - 3, 2**24):  # in pieces, for the memory
-        piece = tokens[start : start + 2**24 + 3].astype(np.uint64)
+    for start in range(0, len(training.tokens), PIECE):
+        piece = training.tokens[start : start + PIECE + 3]
         in_training |= np.isin(grams, hash_4(piece))
     return 100 * np.concatenate(in_prompt).mean(), 100 * in_training.mean()
 
 
-def four_grams(rows):
-    """Hashes (M,) of the 4-grams in lists of ids, and for each the index (M,) of its list."""
-    hashes = [np.zeros(0, np.uint64)]
-    owners = [np.zeros(0, int)]
-    for i, row in enumerate(rows):
-        if len(row) > 3:
-            hashes.append(hash_4(np.array(row, dtype=np.uint64)))
-            owners.append(np.full(len(row) - 3, i))
-    return np.concatenate(hashes), np.concatenate(owners)
-
-
 def hash_4(ids):
-    """Hashes of all 4-grams of an array of ids. They are of 61 bits or more, so collisions do not
-    count."""
-    h = np.zeros(len(ids) - 3, np.uint64)
+    """Hashes of all 4-grams of ids. They are of 61 bits or more, so collisions do not count."""
+    ids = np.asarray(ids, dtype=np.uint64)
+    n = max(len(ids) - 3, 0)
+    h = np.zeros(n, np.uint64)
     for k in range(4):
-        h = (h ^ ids[k : len(ids) - 3 + k]) * np.uint64(0x9E3779B97F4A7C15)
+        h = (h ^ ids[k : n + k]) * np.uint64(0x9E3779B97F4A7C15)
         h ^= h >> np.uint64(29)
     return h
 
@@ -285,8 +223,7 @@ def known(texts, prompts, training):
             if match.end() > len(prompt):
                 is_known.append(match[0] in training.words)
         is_copy.append(whole in training.documents)
-    share = float(np.mean(is_known)) if is_known else float("nan")
-    return 100 * share, 100 * float(np.mean(is_copy))
+    return percent(is_known), percent(is_copy)
 
 
 def repeated(texts, prompts):
@@ -297,10 +234,12 @@ def repeated(texts, prompts):
         words = words_of(text.lower())
         before = [None, *words_of(prompt.lower())][-1]
         is_repeated += [a == b for a, b in zip([before, *words], words)]
-    return 100 * float(np.mean(is_repeated)) if is_repeated else float("nan")
+    return percent(is_repeated)
 
 
-# ---- Intervals -----------------------------------------------------------------------------------
+def percent(answers):
+    """Of a list of bools, NaN of none."""
+    return 100 * float(np.mean(answers)) if answers else math.nan
 
 
 def interval(values, rng, weights=None, repeats=1000):
@@ -315,32 +254,22 @@ def interval(values, rng, weights=None, repeats=1000):
 
 
 def difference(a, b, rng, repeats=1000):
-    """How much more NLL per token and ROUGE-1 texts a have than texts b on the same prompts. For
-    each, the mean and half the width of the paired bootstrap's 95% interval."""
+    """How much more NLL per token texts a have than texts b on the same prompts: the mean, and half
+    the width of the paired bootstrap's 95% interval. a and b: dicts of nll (n,), tokens (n,)."""
     n = len(a["nll"])
-    draw = rng.integers(n, size=(repeats, n))
-    every = np.arange(n)
+    every = np.arange(n)[None]
+    draw = np.concatenate((every, rng.integers(n, size=(repeats, n))))
 
-    def nll_per_token(texts, i):
-        tokens = np.array(texts["tokens"])[i].sum(-1).clip(min=1)
-        return np.array(texts["nll"])[i].sum(-1) / tokens
+    def nll_per_token(texts):
+        tokens = np.array(texts["tokens"])[draw].sum(1)
+        return np.array(texts["nll"])[draw].sum(1) / np.maximum(tokens, 1)
 
-    def mean_rouge_1(texts, i):
-        return np.array(texts["rouge_1"])[i].mean(-1)
-
-    statistics = dict(nll=nll_per_token)
-    if not isinstance(a["rouge_1"], str):
-        statistics["rouge_1"] = mean_rouge_1
-    found = {}
-    for name, statistic in statistics.items():
-        low, high = np.percentile(statistic(a, draw) - statistic(b, draw), (2.5, 97.5))
-        mean = float(statistic(a, every) - statistic(b, every))
-        found[name] = mean, float(high - low) / 2
-    return found
+    mean, *drawn = nll_per_token(a) - nll_per_token(b)
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return float(mean), float(high - low) / 2
 
 
 # ---- Curves of NLL against entropy ---------------------------------------------------------------
-#
 # A point is a dict of nll (per token), entropy and, in a sweep, knob: the dict of its settings.
 
 
@@ -348,12 +277,11 @@ def choose(points, real):
     """The index of the point that is nearest to the point of real text, in NLL and entropy
     together."""
 
-    def distance(i):
-        nll = abs(points[i]["nll"] - real["nll"])
-        away = nll + abs(points[i]["entropy"] - real["entropy"])
-        return away if math.isfinite(away) else 1e9
+    def distance(point):
+        away = abs(point["nll"] - real["nll"]) + abs(point["entropy"] - real["entropy"])
+        return away if math.isfinite(away) else math.inf
 
-    return min(range(len(points)), key=distance)
+    return min(range(len(points)), key=lambda i: distance(points[i]))
 
 
 def running(knob):
@@ -366,21 +294,17 @@ def curves_of(points):
     setting."""
     curves = {}
     for point in points:
-        if not math.isfinite(point["entropy"]):
-            continue
-        knob = point["knob"]
-        fixed = [f"{name} {value:g}" for name, value in knob.items() if name != running(knob)]
-        curves.setdefault(" ".join(fixed), []).append(point)
-    for curve in curves.values():
-        curve.sort(key=lambda point: point["entropy"])
-    return curves
+        fixed = {k: v for k, v in point["knob"].items() if k != running(point["knob"])}
+        if math.isfinite(point["entropy"]):
+            curves.setdefault(str(fixed), []).append(point)
+    return [sorted(curve, key=lambda point: point["entropy"]) for curve in curves.values()]
 
 
 def at_entropy(points, wanted, key):
     """The NLL of this key where the best curve through points has the wanted entropy. None where
     none has it."""
     values = []
-    for curve in curves_of(points).values():
+    for curve in curves_of(points):
         entropies = [point["entropy"] for point in curve]
         if entropies[0] <= wanted <= entropies[-1]:
             values.append(np.interp(wanted, entropies, [point[key] for point in curve]))

@@ -61,7 +61,7 @@ class WordModel:
         sequences = []
         size = 0
         for text in documents:
-            sequences.append((*words_of(text), END))
+            sequences.append((*words_and_signs(text), END))
             size += len(sequences[-1])
             if size > WORDS:
                 break
@@ -87,18 +87,18 @@ class WordModel:
         nats = np.zeros(len(texts))
         count = np.zeros(len(texts), int)
         for k, (prompt, (text, ended)) in enumerate(zip(prompts, texts)):
-            sequence = words_of(prompt + text)
-            sequence += (END,) * ended
+            before, after = words_and_signs(prompt), words_and_signs(text)
+            sequence = words_and_signs(prompt + text)
             # Only the last word of the prompt can go on in the text.
-            apart = len(words_of(prompt)) + len(words_of(text))
-            first = len(words_of(prompt)) - (len(words_of(prompt + text)) < apart)
+            first = len(before) - (len(sequence) < len(before) + len(after))
+            sequence += (END,) * ended
             for i in range(first, len(sequence)):
                 nats[k] -= math.log(self.words.probability(sequence, i))
             count[k] = len(sequence) - first
         return nats, count
 
 
-def words_of(text):
+def words_and_signs(text):
     """A tuple of the words and the other signs of a text."""
     return tuple(regex.findall(rf"{WORD}|[^\w\s]", text))
 

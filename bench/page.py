@@ -19,9 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from baselines.gpt import generate
 from engine.checkpoint import build, load_checkpoint, load_gpt_state, write_whole
-from engine.config import command_line
-from engine.loop import pick_device
-from engine.script import UserError, run_script
+from engine.config import UserError, command_line
+from engine.terminal import pick_device, run_script
 from textldm import (
     GPT,
     TARGET,

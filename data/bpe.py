@@ -1,17 +1,13 @@
 """Learns a byte-level BPE: the most frequent pair of adjacent tokens becomes one token, repeatedly.
 
 The first tokens are the 256 bytes. Words are those of GPT2_SPLIT, and pairs lie inside words.
-
-Two merges never give the same bytes. Take a piece of a word that is one token in the end. No merge
-crosses its borders, so each merge does the same in it as in any other such piece of the same bytes.
-These pieces thus all become one token in the same merge.
 """
 
 import base64
-import collections
 import heapq
+from array import array
+from collections import Counter, defaultdict
 
-import numpy as np
 import regex  # tiktoken depends on it too
 from tqdm import tqdm
 
@@ -19,42 +15,34 @@ from engine.corpus import GPT2_SPLIT
 
 BPE_SAMPLE = 32 << 20  # characters from which a BPE is learned
 # Bytes of all different words. Books need less than 1 MB of it. In a language without spaces each
-# sentence is another word, and without this limit time and memory would grow with the whole sample.
-# At the limit a BPE of 4,096 tokens takes half a minute and about 450 MB of memory.
+# sentence is another word: there a BPE of 4,096 tokens takes two minutes and 800 MB of memory.
 WORD_SAMPLE = 8 << 20
-CHUNK = 1 << 18  # places whose pairs are counted at a time
 NO_TOKEN = -1
-FIRST = 2**32  # a pair of token ids is one integer: FIRST * first + second
 
 
 def train_bpe(texts, vocab_size):
-    """Learns a BPE from the beginning of the texts: see BPE_SAMPLE and WORD_SAMPLE.
+    """Learns a BPE from the first texts of an iterable: see BPE_SAMPLE and WORD_SAMPLE.
 
-    texts: an iterable of strings.
-
-    Returns ranks and size. ranks holds the tokens in the file format of tiktoken: one line per
-    token, with the token in base64 and its rank. End-of-text is not in it. size is the number of
-    tokens including end-of-text: vocab_size, or less if no other pair occurs twice.
+    Returns ranks and size. ranks holds the tokens in the file format of tiktoken: base64 and rank.
+    size counts end-of-text too: it is vocab_size, or less if no other pair occurs twice.
     """
     words = Words(count_words(texts))
     for _ in tqdm(range(vocab_size - 257), desc="bpe", mininterval=1):
-        pair = words.most_frequent_pair()
-        if pair is None:
+        if not (pair := words.most_frequent_pair()):
             break
-        words.merge(*pair)
-    lines = []
-    for rank, token in enumerate(words.tokens):
-        lines.append(f"{base64.b64encode(token).decode()} {rank}\n")
+        words.merge(pair)
+    tokens = enumerate(words.tokens)
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in tokens]
     return "".join(lines), len(words.tokens) + 1
 
 
 def count_words(texts):
     """Returns a Counter of the words, as bytes, up to the first text that reaches a limit."""
-    counts = collections.Counter()
+    counts = Counter()
     characters = 0
     word_bytes = 0
     for text in texts:
-        for word, count in collections.Counter(regex.findall(GPT2_SPLIT, text)).items():
+        for word, count in Counter(regex.findall(GPT2_SPLIT, text)).items():
             word = word.encode("utf-8", "replace")  # UTF-8 cannot hold half of a surrogate pair
             if word not in counts:
                 word_bytes += len(word)
@@ -68,111 +56,71 @@ def count_words(texts):
 class Words:
     """The different words of a text as tokens, and the frequencies of adjacent tokens.
 
-    All words lie in one array of places. There is a place without a token on each side of a word.
-    A merge puts its token at the place of its first part, and takes the place of its second part
-    out of the chain. So a merge only touches places of its own tokens.
-
-    token, weight, before, after: (places,) the token id or NO_TOKEN at each place, how often its
-        word occurs in the text, and the neighbours of the place in the chain.
-    tokens: the bytes of each token id. order: see add_token.
-    places: for each token id an array of all places that hold it, and some that held it once.
-    counts: how often each pair occurs in the text, for pairs that do.
-    heap: entries (-count, order of first, order of second, pair). Each pair that occurs twice has
-        an entry with its count, or with a higher count that it had once.
+    token, weight, before, after: each place has a token (NO_TOKEN between words), the frequency of
+        its word, and two neighbours. A merge takes the place of its second token out of the chain.
+    tokens: the bytes of each token. counts: how often each pair of tokens occurs in the text.
+    places: where each pair occurs or once occurred, from left to right.
+    heap: has an entry of each pair that occurs twice, with its count or a higher one.
     """
 
     def __init__(self, word_counts):
-        text = b"".join([b" " + word for word in word_counts]) + b" "
-        lengths = np.array([len(word) + 1 for word in word_counts], int)
-        weights = np.array(list(word_counts.values()), np.int32)
-        self.weight = np.append(np.repeat(weights, lengths), np.int32(0))
-        self.token = np.frombuffer(text, np.uint8).astype(np.int32)
-        self.token[np.append(0, np.cumsum(lengths))] = NO_TOKEN
-        places = np.arange(len(text), dtype=np.int32)
-        self.before = np.maximum(places - 1, 0)
-        self.after = np.minimum(places + 1, len(text) - 1)
-
-        self.tokens = []
-        self.order = []
-        self.places = []
-        for byte in range(256):
-            self.add_token(bytes([byte]), places[self.token == byte])
-        self.counts = {}
+        self.tokens = [bytes([byte]) for byte in range(256)]
+        self.token = array("i", [NO_TOKEN])
+        self.weight = array("i", [0])
+        for word, count in word_counts.items():
+            self.token.extend([*word, NO_TOKEN])
+            self.weight.extend([count] * (len(word) + 1))
+        size = len(self.token)
+        self.before = array("i", range(-1, size - 1))
+        self.after = array("i", range(1, size + 1))
+        self.counts = Counter()
+        self.places = defaultdict(lambda: array("i"))
         self.heap = []
-        for start in range(0, len(places), CHUNK):  # all at once would need much memory
-            self.count_pairs(places[start : start + CHUNK], 1)
+        for place in range(size - 1):
+            self.count(place, 1)
+        for pair in self.counts:
+            self.push(pair)
 
-    def add_token(self, token, places):
-        """Gives a token the next id. token: its bytes. places: where it is, from left to right."""
-        self.tokens.append(token)
-        self.places.append(places)
-        # The heap returns the smallest entry, and of equal counts it must be the pair that is last
-        # in byte order. So order reverses the bytes. Its end sorts a token after its extensions.
-        self.order.append("".join([chr(255 - byte) for byte in token]) + chr(256))
-
-    def count_pairs(self, places, sign):
-        """Adds pairs to the counts if sign is 1, and subtracts them if it is -1.
-
-        places: (n,) the places of the first tokens of the pairs. Other places count nothing.
-        """
-        is_pair = (self.token[places] >= 0) & (self.token[self.after[places]] >= 0)
-        places = places[is_pair]
-        pairs = self.token[places] * np.int64(FIRST) + self.token[self.after[places]]
-        pairs, index = np.unique(pairs, return_inverse=True)
-        changes = np.bincount(index, self.weight[places]).astype(int)
-        for pair, change in zip(pairs.tolist(), changes.tolist()):
-            count = self.counts.pop(pair, 0) + sign * change
-            if count:
-                self.counts[pair] = count
-            if sign == 1:
-                self.push(pair)
+    def count(self, place, sign):
+        """Counts the pair at a place, or takes it back if sign is -1. Returns the pair."""
+        pair = self.token[place], self.token[self.after[place]]
+        if NO_TOKEN not in pair:
+            self.counts[pair] += sign * self.weight[place]
+            if sign > 0:
+                self.places[pair].append(place)
+        return pair
 
     def push(self, pair):
-        """Puts an entry of a pair on the heap if the pair occurs at least twice."""
-        count = self.counts.get(pair, 0)
-        if count >= 2:
-            first, second = divmod(pair, FIRST)
-            heapq.heappush(self.heap, (-count, self.order[first], self.order[second], pair))
+        """Puts a pair on the heap if it occurs twice. The heap returns its smallest entry."""
+        if self.counts[pair] > 1:
+            # Of equal counts the pair that is last in byte order is first.
+            order = [[-byte for byte in self.tokens[token]] + [1] for token in pair]
+            heapq.heappush(self.heap, (-self.counts[pair], order, pair))
 
     def most_frequent_pair(self):
-        """Returns the token ids of the most frequent pair, or None if no pair occurs twice.
-
-        If several pairs have the highest frequency, returns the one that is last in byte order.
-        The result does not depend on the order of the words.
-        """
+        """Returns the most frequent pair, or None if no pair occurs twice."""
         while self.heap:
-            negative_count, _, _, pair = heapq.heappop(self.heap)
-            if self.counts.get(pair) == -negative_count:
-                return divmod(pair, FIRST)
+            negative_count, _, pair = heapq.heappop(self.heap)
+            if self.counts[pair] == -negative_count:
+                return pair
             self.push(pair)  # its count has fallen since
         return None
 
-    def merge(self, first, second):
-        """Replaces the pair of token ids by one token in all words."""
-        left = self.find(first, second)
-        right = self.after[left]
-        changed = np.concatenate([self.before[left], left, right])
-        self.count_pairs(np.unique(changed), -1)
-        self.token[left] = len(self.tokens)
-        self.token[right] = NO_TOKEN
-        self.after[left] = self.after[right]
-        self.before[self.after[left]] = left
-        self.add_token(self.tokens[first] + self.tokens[second], left)
-        self.count_pairs(np.unique(np.append(self.before[left], left)), 1)
-
-    def find(self, first, second):
-        """Returns (n,) the places of the first tokens of a pair, from left to right.
-
-        Pairs that overlap with one on their left are left out: "aaa" has one pair (a, a) to merge.
-        """
-        places = self.places[first]
-        places = places[self.token[places] == first]
-        self.places[first] = places  # those that no longer hold it are not looked at again
-        left = places[self.token[self.after[places]] == second]
-        if first != second:
-            return left
-        # Of a run of pairs that overlap, every second one remains.
-        index = np.arange(len(left))
-        begins_run = np.append(True, self.after[left[:-1]] != left[1:])
-        begin = np.maximum.accumulate(np.where(begins_run, index, 0))
-        return left[(index - begin) % 2 == 0]
+    def merge(self, pair):
+        """Replaces a pair by one token in all words, from left to right."""
+        new_pairs = set()
+        for place in self.places.pop(pair):
+            right = self.after[place]
+            if (self.token[place], self.token[right]) != pair:
+                continue  # a merge took one of them
+            before = self.before[place]
+            for changed in (before, place, right):
+                self.count(changed, -1)
+            self.token[place] = len(self.tokens)
+            self.token[right] = NO_TOKEN
+            self.after[place] = self.after[right]
+            self.before[self.after[place]] = place
+            new_pairs |= {self.count(before, 1), self.count(place, 1)}
+        self.tokens.append(self.tokens[pair[0]] + self.tokens[pair[1]])
+        for new_pair in new_pairs:
+            self.push(new_pair)

@@ -14,259 +14,65 @@ names and docs need no download. Files may hold text, or JSON lines with the doc
 a text file into documents.
 
 Each .bin file is an array of token ids: uint16, or uint32 if the vocabulary needs it. One
-end-of-text token follows each document. Files are read as a stream, once. All CPU cores encode.
+end-of-text token follows each document.
 
 A hash of its text decides whether a document belongs to train or to val, so the order of the
 documents has no influence. If the first 100 MB hold few documents, the end of all is val.
 """
 
 import argparse
-import collections
 import hashlib
 import itertools
 import json
 import os
+import re
+import shlex
 import sys
 import time
 import unicodedata
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.advice import next_commands
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 from data.bpe import train_bpe
 from data.embedded import EMBEDDED
-from data.reading import OUTPUTS, Reader, plural
+from data.reading import OUTPUTS, Reader
 from engine.checkpoint import temporary_path
+from engine.config import UserError
 from engine.corpus import GPT2, load_encoding
-from engine.script import UserError, lock, run_script
+from engine.terminal import lock, run_script
 
 SMALL = 100 << 20  # characters. A text of up to this size gets a BPE of its own.
 FEW = 100  # documents. So few are not divided by their hashes.
-SEVERAL = 10  # documents. Of fewer, a part of one may be val.
 LONGEST_ROW = 64  # tokens. Where nearly all documents are shorter, each is a row by itself.
-BLOCK = 8 << 20  # characters that are encoded at once
-JOBS_PER_CORE = 4  # a block is encoded in this many jobs per core
-
-
-# --------------------------------------------------------------------------------------------------
-# Encoding
-
-
-class Encoder:
-    """Encodes pieces of documents as arrays of token ids."""
-
-    def __init__(self, encoding, eot, dtype):
-        self.encoding = encoding
-        self.eot = eot
-        self.dtype = dtype
-        # The main thread must encode first. Measured: if a thread of the pool is the first to use
-        # tiktoken's regex, all threads take 1.5 times as long.
-        encoding.encode("the main thread goes first")
-
-    def encode(self, text):
-        """Returns the token ids of text, without an end-of-text token."""
-        try:
-            return self.encoding.encode_to_numpy(text, disallowed_special=())
-        except ValueError:
-            # tiktoken fails on a million spaces in a row, but not on each half of them.
-            middle = len(text) // 2
-            return np.append(self.encode(text[:middle]), self.encode(text[middle:]))
-
-    def encode_all(self, pieces):
-        """Returns a list with one array per piece. A document's last piece gets an end-of-text.
-
-        Threads can run this in parallel: tiktoken releases Python's global lock while it encodes.
-        """
-        arrays = []
-        for text, is_end in pieces:
-            token_ids = self.encode(text)
-            if is_end:
-                token_ids = np.append(token_ids, self.eot)
-            arrays.append(token_ids.astype(self.dtype))
-        return arrays
-
-
-class BinWriter:
-    """Encodes documents in blocks with a thread pool, and writes them to files in their order.
-
-    The pool encodes one block while the next one is read. Raises OSError if it cannot write.
-
-    count       count[split] is [tokens, documents]
-    lengths     a Counter of the numbers of tokens per document
-    """
-
-    def __init__(self, paths, encoder, pool):
-        """paths: a dict from "train" and "val" to the path of a file."""
-        self.encoder = encoder
-        self.pool = pool
-        self.count = {"train": [0, 0], "val": [0, 0]}
-        self.lengths = collections.Counter()
-        self.length = 0  # tokens of the current document
-        self.marks = []  # the split and is_end of each piece in the current block
-        self.pieces = []
-        self.block_size = 0  # characters
-        self.pending = collections.deque()  # blocks in the pool, as (marks, results)
-        self.files = {split: open(path, "wb") for split, path in paths.items()}
-
-    def add(self, split, text, is_end):
-        """Appends a piece of a document to a split. is_end: whether the document ends with it."""
-        self.marks.append((split, is_end))
-        self.pieces.append((text, is_end))
-        self.block_size += len(text)
-        if self.block_size > BLOCK:
-            self.submit_block()
-            if len(self.pending) > 1:
-                self.write_oldest_block()
-
-    def finish(self):
-        """Writes what remains, and closes the files."""
-        self.submit_block()
-        while self.pending:
-            self.write_oldest_block()
-        for file in self.files.values():
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-
-    def submit_block(self):
-        """Gives the current block to the pool, and starts a new block."""
-        number_of_jobs = os.cpu_count() * JOBS_PER_CORE
-        # Job k gets the pieces k, k + number_of_jobs, and so on, so jobs have similar sizes.
-        results = []
-        for job in range(number_of_jobs):
-            of_job = self.pieces[job::number_of_jobs]
-            results.append(self.pool.submit(self.encoder.encode_all, of_job))
-        self.pending.append((self.marks, results))
-        self.marks = []
-        self.pieces = []
-        self.block_size = 0
-
-    def write_oldest_block(self):
-        """Waits for the oldest block in the pool, and writes it."""
-        marks, results = self.pending.popleft()
-        for index, (split, is_end) in enumerate(marks):
-            job = index % len(results)
-            token_ids = results[job].result()[index // len(results)]
-            self.files[split].write(token_ids.data)
-            self.count[split][0] += len(token_ids)
-            self.length += len(token_ids)
-            if is_end:
-                self.count[split][1] += 1
-                self.lengths[self.length] += 1
-                self.length = 0
-
-
-def split_by_hash(raw, val_fraction):
-    """Returns "train" or "val" for a document. raw: its text as UTF-8 bytes."""
-    digest = hashlib.blake2b(raw, digest_size=8).digest()
-    position = int.from_bytes(digest, "big") / 2**64  # uniform between 0 and 1
-    if position < val_fraction:
-        return "val"
-    return "train"
-
-
-def write_documents(writer, pieces, split, val_fraction, digest):
-    """Gives documents to a BinWriter.
-
-    pieces: pairs (text, is_end).
-    split: "train", "val", or "by hash", which divides the documents between both. The first piece
-        of a document decides.
-    digest: a hashlib object, to which the text is added.
-    """
-    chosen = None
-    for text, is_end in pieces:
-        raw = text.encode()
-        digest.update(raw)
-        if chosen is None:
-            chosen = split_by_hash(raw, val_fraction) if split == "by hash" else split
-        writer.add(chosen, text, is_end)
-        if is_end:
-            digest.update(b"\0")
-            chosen = None
-
-
-def cut_off_val(paths, dtype, eot, val_fraction, is_between_documents):
-    """Moves the end of the train file to the val file.
-
-    is_between_documents: whether to cut between two documents, or at any token.
-
-    Returns count: see BinWriter. Raises UserError if there is no place to cut.
-    """
-    tokens = np.memmap(paths["train"], dtype, "r")
-    cut = min(max(round(len(tokens) * (1 - val_fraction)), 1), len(tokens) - 1)
-    if is_between_documents:
-        ends = np.flatnonzero(tokens[:-1] == eot) + 1
-        if not len(ends):
-            raise UserError(
-                "there is only one document, and val needs one too; "
-                "give --val=FILE, or --layout=stream"
-            )
-        cut = ends[np.abs(ends - cut).argmin()]
-    parts = {"train": tokens[:cut], "val": tokens[cut:]}
-    count = {}
-    for split, part in parts.items():
-        count[split] = [len(part), max(int((part == eot).sum()), 1)]
-    with open(paths["val"], "wb") as file:
-        file.write(parts["val"].data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.truncate(paths["train"], parts["train"].nbytes)
-    return count
-
-
-# --------------------------------------------------------------------------------------------------
-# The script
+JOB = 1 << 18  # characters that a thread encodes at once
+GPU_ROW = 1024  # tokens in a row of the preset small
+TEXT_ROW = 32  # tokens in a row of running text, on a CPU
 
 
 def parse_arguments():
-    """Returns the options of the command line.
-
-    A wrong option ends the script with a message and exit code 2.
-    """
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "paths",
-        nargs="*",
-        default=["names"],
-        metavar="names|docs|PATH",
-        help="an embedded corpus (default: names), or files, folders and pipes",
-    )
-    parser.add_argument("--out", help="folder to write (default: data/ and the name of the corpus)")
-    parser.add_argument(
-        "--val", help="file or folder of val documents, instead of a share of the others"
-    )
-    parser.add_argument(
-        "--val_fraction",
-        type=float,
-        help="share of val (default: 0.1; names, docs: 0.05; more than 100 MB: 0.005)",
-    )
-    parser.add_argument(
-        "--encoding",
-        choices=["gpt2", "bpe"],
-        help="GPT-2's BPE (default for more than 100 MB of text), or a new BPE (default for less)",
-    )
-    parser.add_argument(
-        "--vocab_size",
-        type=int,
-        help="number of tokens of a new BPE (default: by the size of the text, at most 4096)",
-    )
-    parser.add_argument(
-        "--layout",
-        choices=["documents", "stream"],
-        help="a training row is one document (default where documents are short), "
-        "or a window of the stream of all documents",
-    )
-    parser.add_argument(
-        "--lines", action="store_true", help="each line of a text file is a document"
-    )
+    """Returns the options of the command line. A wrong one ends the script with exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    text = "an embedded corpus (default: names), or files, folders and pipes"
+    add("paths", nargs="*", default=["names"], metavar="names|docs|PATH", help=text)
+    add("--out", help="folder to write (default: data/ and the name of the corpus)")
+    add("--val", help="file or folder of val documents, instead of a share of the others")
+    text = "share of val (default: 0.1; names, docs: 0.05; more than 100 MB: 0.005)"
+    add("--val_fraction", type=float, help=text)
+    text = "GPT-2's BPE (default for more than 100 MB of text), or a new BPE (default for less)"
+    add("--encoding", choices=["gpt2", "bpe"], help=text)
+    text = "number of tokens of a new BPE (default: by the size of the text, at most 4096)"
+    add("--vocab_size", type=int, help=text)
+    text = "a row is one document (default where they are short), or a window of all of them"
+    add("--layout", choices=["documents", "stream"], help=text)
+    add("--lines", action="store_true", help="each line of a text file is a document")
     args = parser.parse_args()
     if args.val_fraction is not None and not 0 < args.val_fraction < 1:
         parser.error("--val_fraction must lie between 0 and 1")
@@ -276,250 +82,265 @@ def parse_arguments():
         parser.error("--vocab_size is for --encoding=bpe; GPT-2's has 50257 tokens")
     if args.vocab_size is not None and not 258 <= args.vocab_size <= 2**31:
         parser.error("--vocab_size must be at least 258: 256 bytes, end-of-text and one merge")
-    args.embedded = find_embedded(args.paths)
+    name = args.paths[0]
+    # A file or folder of that name comes first, except for the docs of this project.
+    is_path = Path(name).exists() and Path(name).resolve().parent != ROOT
+    args.embedded = name if args.paths[1:] == [] and name in EMBEDDED and not is_path else None
     if args.embedded and args.lines:
-        parser.error(f"--lines is for text files; {args.embedded} has documents")
+        parser.error(f"--lines is for text files; {name} has documents")
     return args
-
-
-def find_embedded(paths):
-    """Returns the name of the embedded corpus that paths ask for, or None.
-
-    A file or folder of that name in the working directory comes first. This project's own folder
-    docs holds no corpus.
-    """
-    name = paths[0]
-    if len(paths) > 1 or name not in EMBEDDED:
-        for path in paths:
-            if path in EMBEDDED and not Path(path).exists():
-                raise UserError(f"{path} is an embedded corpus, which is prepared by itself")
-        return None
-    here = Path(name).resolve()
-    if here.exists() and here.parent != Path(__file__).resolve().parent.parent:
-        print(f"prepare: {name} is the one in this folder, and not the embedded corpus")
-        return None
-    return name
 
 
 def output_folder(args):
     """Returns the folder to write as a Path. The default has the name of the first path."""
     if args.out:
         return Path(args.out).expanduser()
-    path = Path(args.paths[0]).expanduser()
-    name = "stdin" if path.name == "-" else path.name
-    if name in ("", ".."):
-        name = path.resolve().name
+    path = Path("stdin" if args.paths[0] == "-" else args.paths[0]).expanduser()
+    name = os.path.basename(os.path.abspath(path))
     return Path("data") / (name.strip(".").split(".")[0] or "text")
 
 
-def open_sources(args):
-    """Returns the readers of train documents and of val documents.
+def spare_other_corpus(out, args):
+    """Raises UserError if out holds files that the user may not know to be there."""
+    if (out / "train.bin").exists() and not (out / "meta.json").exists():
+        raise UserError(f"{out} holds a train.bin of another program; give another --out")
+    try:
+        source = json.loads((out / "meta.json").read_text())["source"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # it is missing or damaged
+    if not args.out and source != args.paths:
+        paths = ", ".join(map(str, source))
+        raise UserError(f"{out} holds a corpus of {paths}; --out={out} replaces it")
 
-    The second is None without --val. Both yield pairs (text, is_end). Raises UserError if a path
-    is missing.
+
+def open_sources(args):
+    """Returns iterables of the train documents and of the val documents, each one a string.
+
+    The second is None without --val. Raises UserError if a path is missing.
     """
     val = Reader([args.val], args.lines) if args.val else None
     if args.embedded:
-        print("prepare: names take a few seconds, docs take half a minute", flush=True)
-        bar = tqdm(EMBEDDED[args.embedded](), desc="read", unit=" documents", mininterval=1)
-        return ((text, True) for text in bar), val
+        documents = EMBEDDED[args.embedded]()
+        return tqdm(documents, desc="read", unit=" documents", mininterval=1), val
     train = Reader(args.paths, args.lines)
     if val:
-        train.exclude(val)  # val documents may lie in a folder that is read for train
+        for path in val.files:  # val documents may lie in a folder that is read for train
+            train.files.pop(path, None)
         if not train.files:
             raise UserError(f"--val={args.val} names all files; none is left for train")
     return train, val
 
 
-def read_up_to(size, pieces):
-    """Reads pieces until they have more than size characters.
-
-    Returns a list of them, and whether these are all.
-    """
-    found = []
-    for text, is_end in pieces:
-        found.append((text, is_end))
-        size -= len(text)
-        if size < 0:
-            return found, False
-    return found, True
-
-
-def default_encoding(args, is_all):
-    """Returns "bpe" for a small text, and "gpt2" for a large one. is_all: whether it is small."""
-    if is_all or args.vocab_size:
-        return "bpe"
-    try:
-        load_encoding(GPT2)
-    except UserError as error:
-        print(f"prepare: {error}; a new BPE takes its place")
-        return "bpe"
-    return "gpt2"
-
-
 def make_tokenizer(args, first, is_all):
     """Returns a dict that describes the tokenizer, as meta.json and checkpoints hold it.
 
-    first: the first pieces of the text. is_all: whether these are all.
+    first: the first documents. is_all: whether these are all.
     """
-    encoding = args.encoding or default_encoding(args, is_all)
+    encoding = args.encoding
+    if not (encoding or is_all or args.vocab_size):
+        try:
+            load_encoding(GPT2)
+            encoding = "gpt2"
+        except UserError as error:
+            print(f"prepare: {error}; a new BPE takes its place")
     if encoding == "gpt2":
         return GPT2
     wanted = args.vocab_size
     if wanted is None:
-        size = sum(len(text) for text, _ in first)
         # A token should occur often enough that its embedding is learnt.
-        wanted = 4096 if args.embedded else min(4096, max(512, size // 175))
-    ranks, size = train_bpe((text for text, _ in first), wanted)
+        wanted = 4096 if args.embedded else min(4096, max(512, sum(map(len, first)) // 175))
+    ranks, size = train_bpe(first, wanted)
     if args.vocab_size and size < wanted:
         print(f"prepare: the text has no use for more than {size} tokens; --vocab_size={size}")
     return {"encoding": "bpe", "vocab_size": size, "eot": size - 1, "bpe": ranks}
 
 
-def write_bins(out, args, tokenizer, pieces, val):
+def choose_splits(documents, val, val_fraction, digest):
+    """Yields a pair ("train" or "val", text) for each document. The hash of its text decides.
+
+    val: iterable of val documents. val_fraction: the share of the other documents that is val too.
+    digest: a hashlib object, to which the texts are added.
+    """
+    for texts, share in ((documents, val_fraction), (val, 1)):
+        for text in texts:
+            raw = text.encode()
+            digest.update(raw + b"\0")
+            position = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big")
+            yield "val" if position < share * 2**64 else "train", text
+
+
+def encode(encoding, text):
+    """Returns the token ids of text as an array, without an end-of-text token."""
+    try:
+        return encoding.encode_to_numpy(text, disallowed_special=())
+    except ValueError:
+        # tiktoken fails on a million spaces in a row, but not on each half of them.
+        middle = len(text) // 2
+        return np.append(encode(encoding, text[:middle]), encode(encoding, text[middle:]))
+
+
+def encode_all(documents, encoding, eot):
+    """Yields a pair (split, token ids and eot) for each pair (split, text) of documents, in order.
+
+    Threads encode: tiktoken releases Python's global lock. Meanwhile the next documents are read.
+    """
+
+    def encode_job(job):
+        return [(split, np.append(encode(encoding, text), eot)) for split, text in job]
+
+    # Measured: if a thread of the pool uses tiktoken's regex first, all take 1.5 times as long.
+    encode(encoding, "the main thread goes first")
+    pending = deque()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        job, size = [], 0
+        for split, text in documents:
+            job.append((split, text))
+            size += len(text)
+            if size > JOB:
+                pending.append(pool.submit(encode_job, job))
+                job, size = [], 0
+            if len(pending) > 2 * os.cpu_count():
+                yield from pending.popleft().result()
+        for future in pending:
+            yield from future.result()
+        yield from encode_job(job)
+
+
+def write_bins(out, args, tokenizer, documents, val):
     """Encodes all documents into train.bin.tmp and val.bin.tmp in the folder out.
 
-    pieces, val: pairs (text, is_end). val is None if a share of the others is val.
-    args: with args.val_fraction and args.is_few, which tells to take the end of the text as val.
+    documents, val: iterables of strings. val is None if a share of the others is val.
+    args: if args.is_few, the end of the text is that share.
 
     Returns the fields of meta.json that follow from the text. Raises UserError if a source is
     unusable or a split gets no document, and OSError if out cannot be written.
     """
-    eot = tokenizer["eot"]
-    dtype = "uint16" if eot < 2**16 else "uint32"
+    dtype = "uint16" if tokenizer["eot"] < 2**16 else "uint32"
     paths = {split: temporary_path(out / f"{split}.bin") for split in ("train", "val")}
+    tokens = Counter(train=0, val=0)
+    number = Counter(train=0, val=0)  # of documents
+    lengths = Counter()  # of documents, in tokens
     is_cut = args.is_few and val is None
-    split = "train" if is_cut or val is not None else "by hash"
+    share = 0 if is_cut or val is not None else args.val_fraction
     digest = hashlib.sha256()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        writer = BinWriter(paths, Encoder(load_encoding(tokenizer), eot, dtype), pool)
-        write_documents(writer, pieces, split, args.val_fraction, digest)
-        if val is not None:
-            write_documents(writer, val, "val", args.val_fraction, digest)
-        writer.finish()
-    longest = length_of_share(writer.lengths, 0.99)
-    layout = args.layout or default_layout(args, longest)
-    count = writer.count
-    if is_cut:
-        is_between_documents = layout == "documents" or count["train"][1] >= SEVERAL
-        count = cut_off_val(paths, dtype, eot, args.val_fraction, is_between_documents)
-    check_splits(count, args.val_fraction)
-    return {
-        "dtype": dtype,
-        "layout": layout,
-        "tokens": {split: tokens for split, (tokens, _) in count.items()},
-        "documents": {split: documents for split, (_, documents) in count.items()},
-        "sha256": digest.hexdigest(),
-        # Training on documents uses rows of this length. Longer documents are rare.
-        "longest": longest,
-    }
-
-
-def check_splits(count, val_fraction):
-    """Raises UserError if a split has no document. count: see BinWriter."""
-    for split, (_, documents) in count.items():
-        if not documents:
-            raise UserError(
-                f"none of the documents fell to {split}; give --val=FILE, or another "
-                f"--val_fraction than {val_fraction}"
-            )
-
-
-def default_val_fraction(args, is_all):
-    """Returns the share of val. is_all: whether the text is small."""
-    if args.embedded:
-        return 0.05
-    return 0.1 if is_all else 0.005
-
-
-def default_layout(args, longest):
-    """Returns "documents" if nearly all documents fit a row. longest: see length_of_share."""
+    pairs = choose_splits(documents, val or (), share, digest)
+    with open(paths["train"], "wb") as train_file, open(paths["val"], "wb") as val_file:
+        files = {"train": train_file, "val": val_file}
+        for split, ids in encode_all(pairs, load_encoding(tokenizer), tokenizer["eot"]):
+            files[split].write(ids.astype(dtype).data)
+            tokens[split] += len(ids)
+            number[split] += 1
+            lengths[len(ids)] += 1
+    values, counts = np.array(sorted(lengths.items())).T
+    longest = int(values[np.searchsorted(counts.cumsum(), 0.99 * counts.sum())])
     is_short = longest <= LONGEST_ROW and (args.lines or not args.is_few)
-    return "documents" if args.embedded or is_short else "stream"
+    layout = args.layout or ("documents" if args.embedded or is_short else "stream")
+    if is_cut:
+        # A val text of less than one document is cut off anywhere.
+        is_between = layout == "documents" or number["train"] * args.val_fraction >= 1
+        tokens, number = cut_off_val(paths, dtype, tokenizer["eot"], args.val_fraction, is_between)
+    for split, path in paths.items():
+        if not number[split]:
+            raise UserError(f"{split} gets no document; give --val=FILE, or another --val_fraction")
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    # Training on documents has rows of the length "longest".
+    fields = dict(dtype=dtype, layout=layout, tokens=dict(tokens), documents=dict(number))
+    return fields | dict(sha256=digest.hexdigest(), longest=longest)
 
 
-def length_of_share(lengths, share):
-    """Returns the smallest length that at least this share of documents does not exceed.
+def cut_off_val(paths, dtype, eot, val_fraction, is_between):
+    """Moves the end of the train file to the val file: whole documents if is_between, else tokens.
 
-    lengths: a Counter, from the number of tokens to the number of documents.
+    Returns the numbers of tokens and of documents: two dicts by split. Raises UserError.
     """
-    table = np.array(sorted(lengths.items()))
-    documents_up_to = table[:, 1].cumsum()
-    row = np.searchsorted(documents_up_to, share * documents_up_to[-1])
-    return int(table[row, 0])
-
-
-def spare_other_corpus(out, args):
-    """Raises UserError if out holds files that the user may not know to be there."""
-    if not (out / "train.bin").exists():
-        return
-    if not (out / "meta.json").exists():
-        raise UserError(f"{out} holds a train.bin of another program; give another --out")
-    try:
-        source = json.loads((out / "meta.json").read_text())["source"]
-    except (ValueError, KeyError, TypeError):
-        return  # damaged
-    if not args.out and source != args.paths:
-        raise UserError(
-            f"{out} holds a corpus of {', '.join(map(str, source))}; give --out={out} to replace "
-            "it, or another --out"
-        )
-
-
-def remove_leftovers(out, is_new):
-    """Removes temporary files in out. Removes out too if it is new and empty."""
-    for name in OUTPUTS:
-        temporary_path(out / name).unlink(missing_ok=True)
-    if is_new and not any(out.iterdir()):
-        out.rmdir()
-
-
-def print_report(meta, seconds, readers):
-    """Prints a summary. seconds: of reading and encoding. readers: of files."""
-    total = sum(meta["tokens"].values())
-    # bench/speed.py reads this line.
-    print(
-        f"{total:,} tokens in {seconds:.1f} seconds, {total / seconds / 1e6:.2f} million a second"
-    )
-    for split, tokens in meta["tokens"].items():
-        documents = plural(meta["documents"][split], "document")
-        print(f"{split}: {documents}, {plural(tokens, 'token')}")
-    for reader in readers:
-        for line in reader.report():
-            print(line)
-    print(
-        f"sha256 {meta['sha256'][:16]}, Unicode {meta['unicode']}, layout {meta['layout']}, "
-        f"99% of documents have at most {meta['longest']:,} tokens"
-    )
+    ids = np.memmap(paths["train"], dtype, "r")
+    cut = min(max(round(len(ids) * (1 - val_fraction)), 1), len(ids) - 1)
+    if is_between:
+        ends = np.flatnonzero(ids[:-1] == eot) + 1
+        if not len(ends):
+            raise UserError("there is only one document; give --val=FILE, or --layout=stream")
+        cut = ends[np.abs(ends - cut).argmin()]
+    parts = {"train": ids[:cut], "val": ids[cut:]}
+    tokens = {split: len(part) for split, part in parts.items()}
+    documents = {split: max(int((part == eot).sum()), 1) for split, part in parts.items()}
+    parts["val"].tofile(paths["val"])
+    os.truncate(paths["train"], parts["train"].nbytes)
+    return tokens, documents
 
 
 def prepare(args, out, train, val):
-    """Writes the corpus of the readers train and val to the folder out.
+    """Writes the corpus of the documents train and val to the folder out.
 
-    Returns the content of meta.json, and the seconds of reading and encoding. Existing files are
-    replaced only when all new files are complete.
+    Returns the content of meta.json. Existing files are replaced when all new ones are complete.
     """
-    start = time.time()
-    rest = iter(train)
-    first, is_all = read_up_to(SMALL, rest)
-    args.is_few = sum(is_end for _, is_end in first) < FEW
+    documents = iter(train)
+    first = []
+    size = 0
+    while size <= SMALL and (text := next(documents, None)) is not None:
+        first.append(text)
+        size += len(text)
+    is_all = size <= SMALL
+    args.is_few = len(first) < FEW
     if args.val_fraction is None:
-        args.val_fraction = default_val_fraction(args, is_all)
-    start_of_bpe = time.time()
+        args.val_fraction = 0.05 if args.embedded else 0.1 if is_all else 0.005
     tokenizer = make_tokenizer(args, first, is_all)
-    seconds_of_bpe = time.time() - start_of_bpe
-    print(
-        f"prepare: {tokenizer['encoding']} of {tokenizer['vocab_size']} tokens "
-        f"(after {seconds_of_bpe:.1f} seconds) -> {out}",
-        flush=True,
-    )
-    meta = write_bins(out, args, tokenizer, itertools.chain(first, rest), val)
-    meta = tokenizer | meta | dict(source=args.paths, unicode=unicodedata.unidata_version)
-    seconds = time.time() - start - seconds_of_bpe
+    print(f"prepare: {tokenizer['encoding']} of {tokenizer['vocab_size']} tokens -> {out}")
+    fields = write_bins(out, args, tokenizer, itertools.chain(first, documents), val)
+    meta = tokenizer | fields | dict(source=args.paths, unicode=unicodedata.unidata_version)
     temporary_path(out / "meta.json").write_text(json.dumps(meta, indent=1))
     for name in OUTPUTS:
         os.replace(temporary_path(out / name), os.path.realpath(out / name))
-    return meta, seconds
+    return meta
+
+
+# ---- What is printed -----------------------------------------------------------------------------
+
+
+def next_commands(out, meta):
+    """Returns the commands that train on the corpus in the folder out, as text.
+
+    out: as the user wrote it. meta: the content of its meta.json.
+    """
+    tokens = min(meta["tokens"].values())
+    to = f"--out={shlex.quote(f'out/{out.resolve().name}')}"
+    both = f"--data={shlex.quote(str(out))} {to}"
+    if sys.platform == "darwin":
+        both += " --device=cpu"  # untried on the GPU of a Mac
+    row = min(TEXT_ROW, tokens - 1)  # a row of the GPT has one token more
+    is_stream = meta["layout"] == "stream"
+    block_size = 8 if is_stream else LONGEST_ROW
+    if meta["encoding"] == "gpt2":
+        block_size = GPU_ROW
+        where = "on a GPU"
+        vae = "--teacher=gpt2 --no-muon --compile --max_steps=6000 --beta_warmup=2000"
+        commands = [
+            f"train_vae.py {both} --preset=small {vae}",
+            f"train_dit.py {both} --preset=small --compile --max_steps=20000",
+            f"sample.py {to} --n=4",
+        ]
+    elif is_stream:
+        # Cola DLM with blocks of 4 tokens: on prose it is better than TextLDM.
+        where = "a book of 1 MB took 19 minutes on two cores of an EPYC (Zen 4) in fp32"
+        start = np.fromfile(out / "val.bin", meta["dtype"], 40).tolist()
+        words = re.findall("[^\\s\ufffd]+", load_encoding(meta).decode(start))
+        prompt = " ".join(words[1:4]).replace("<|endoftext|>", "")  # the first word may be cut
+        both += f" --batch_size=96 --block_size={row}"
+        commands = [
+            f"baselines/gpt.py {both} --max_steps=400",
+            f"variants/cola_dlm.py vae {both} --max_steps=400",
+            f"variants/cola_dlm.py dit {both} --latent_block=4 --max_steps=2500",
+            f"sample.py {to} --prompt={shlex.quote(prompt)} --length=300",
+        ]
+    else:
+        where = "names took 10 minutes on two cores of an EPYC (Zen 4) in fp32"
+        scripts = ["baselines/gpt.py", "train_vae.py", "train_dit.py"]
+        commands = [*[f"{script} {both}" for script in scripts], f"sample.py {to} --n=5"]
+    if tokens <= (block_size if is_stream else min(block_size, meta["longest"])):
+        return f"\nIt is too short to train on: one split has only {tokens} tokens."
+    root = "" if ROOT == Path.cwd() else shlex.quote(os.path.relpath(ROOT)) + "/"
+    lines = [f"python {root}{command}" for command in commands]
+    return "\n".join([f"\nTo train on it ({where}):\n", *lines])
 
 
 def main():
@@ -528,20 +349,32 @@ def main():
     out = output_folder(args)
     train, val = open_sources(args)
     is_new = not out.exists()
+    start = time.time()
     try:
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder --out={out} ({error})") from None
-    lock(out)
-    spare_other_corpus(out, args)
-    try:
-        meta, seconds = prepare(args, out, train, val)
+        lock(out)
+        spare_other_corpus(out, args)
+        try:
+            meta = prepare(args, out, train, val)
+        finally:
+            for name in OUTPUTS:
+                temporary_path(out / name).unlink(missing_ok=True)
+            if is_new and not any(out.iterdir()):
+                out.rmdir()
     except OSError as error:
         raise UserError(f"cannot write --out={out} ({error})") from None
-    finally:
-        remove_leftovers(out, is_new)
-    print_report(meta, seconds, [source for source in (train, val) if isinstance(source, Reader)])
-    if isinstance(train, Reader) and train.has_one_text():
+    total = sum(meta["tokens"].values())
+    seconds = time.time() - start
+    speed = f"{total / seconds / 1e6:.2f} million a second"
+    print(f"{total:,} tokens in {seconds:.1f} seconds, {speed}")
+    for split, tokens in meta["tokens"].items():
+        print(f"{split}: documents {meta['documents'][split]:,}, tokens {tokens:,}")
+    for source in (train, val):
+        if isinstance(source, Reader):
+            print("\n".join(source.report()))
+    longest = f"99% of documents have at most {meta['longest']:,} tokens"
+    print(f"sha256 {meta['sha256'][:16]}, layout {meta['layout']}, {longest}")
+    if args.is_few and not args.lines:
         print("If each line is a text of its own, prepare it again with --lines.")
     print(next_commands(out, meta))
 

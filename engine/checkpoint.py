@@ -10,7 +10,7 @@ import torch
 
 from engine.config import make_config
 from engine.corpus import BROKEN, GPT2
-from engine.script import UserError
+from engine.config import UserError
 
 # What load_gpt_state downloads, and the layers and widths of these.
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -29,26 +29,23 @@ def temporary_path(path):
 def write_whole(path, content):
     """Writes a text, or a dict as a checkpoint, to a file beside path and renames it. Whatever
     happens, path is whole: with this content or with what it had. A link stays, and the file that
-    it leads to is written. What is no file (a device, a pipe) is written to. Raises UserError."""
-    is_file = Path(path).is_file() or not Path(path).exists()
-    beside = temporary_path(path) if is_file else Path(path)
+    it leads to is written. Raises UserError."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise UserError(f"cannot write {path}: it is no file; give the name of a file")
+    beside = temporary_path(path)
     try:
         with open(beside, "wb") as f:
             if isinstance(content, str):
                 f.write(content.encode("utf-8", "replace"))
             else:
                 torch.save(content, f)
-            if is_file:
-                f.flush()
-                os.fsync(f.fileno())
-        if is_file:
-            os.replace(beside, os.path.realpath(path))
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, os.path.realpath(path))
     except (OSError, RuntimeError) as e:
-        text = f"cannot write {path} ({str(e)[:80]})"
-        if is_file:
-            beside.unlink(missing_ok=True)
-            text += "; what was there is as it was"
-        raise UserError(text) from None
+        beside.unlink(missing_ok=True)
+        reason = str(e)[:80]
+        raise UserError(f"cannot write {path} ({reason}); what was there is as it was") from None
 
 
 def read_tensors(path):

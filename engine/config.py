@@ -9,11 +9,14 @@ import math
 import os
 from dataclasses import dataclass, fields
 
-from engine.script import UserError
 from textldm import option
 
 # Options that are paths. A shell leaves the ~ of --out=~/x as it is.
 PATHS = ("data", "out", "vae", "teacher", "model", "gpt", "prompts", "output", "page")
+
+
+class UserError(Exception):
+    """Something that the user can mend. Scripts print its one sentence and exit with code 2."""
 
 
 @dataclass
@@ -42,7 +45,7 @@ class TrainConfig:
 # The size of all networks on a laptop.
 TINY = dict(n_layer=4, n_head=3, n_embd=96, block_size=64)
 # The schedule of the paper's sizes, in micro-batches that fit one GPU. A step has at most 786,432
-# tokens, and 589,824 on average, because rows are cut at random (Run.draw).
+# tokens, and 589,824 on average, because rows are cut at random (engine/train.py).
 PAPER_SCHEDULE = dict(
     max_steps=200_000,
     batch_size=16,
@@ -141,7 +144,7 @@ def command_line(description, *config_types, presets=None, recipe=None):
     if given.pop("recipe", "paper") == "ours":
         values.update(recipe)
     preset = "tiny"
-    if len(presets) > 1:  # else --preset may be a field of a config, as in bench/speed.py
+    if len(presets) > 1:
         preset = given.pop("preset", "tiny")
     values.update(presets[preset])
     values.update(given)

@@ -11,7 +11,7 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from engine.script import UserError
+from engine.config import UserError
 from textldm import CONTEXT, TAIL_WEIGHT, TARGET, Batch, make_batch
 
 # How GPT-2 cuts text into words before it merges bytes (its published pattern). Our own BPEs do the

@@ -59,16 +59,26 @@ class Evaluation:
             return denoising_loss(dit, batch, z, t.expand(B), self.eps, n_guess=B)
 
         table = table_by_time(vae, dit, batch, batch.counted, denoise)
-        prompts = []
-        for row, cut in zip(batch.tokens[:4], self.cuts):
-            prompts.append(row[:cut].tolist()[: N // 2])
-        scale = 3.0 if dit.config.context_drop else 1.0
-        sampling = Sampling(steps=20, cfg_scale=scale, temperature=0.7)
-        texts = continue_texts(vae, dit, prompts, N // 2, sampling)
-        lines = lines_of_table(table)
-        lines += lines_of_samples(self.corpus.encoding, self.corpus.eot, prompts, texts)
-        numbers = dict(loss=sum(row["loss"] for row in table) / len(table), table=table)
-        return numbers, "\n".join(lines)
+        prompts = [row[:cut].tolist() for row, cut in zip(batch.tokens[:4], self.cuts)]
+
+        def write(prompts, sampling):
+            return continue_texts(vae, dit, prompts, N // 2, sampling)
+
+        return summary(table, self.corpus, dit.config, prompts, write)
+
+
+def summary(table, corpus, config, prompts, write):
+    """A dict of a table by time and of its mean loss, and a text of the table and of what
+    write(prompts, sampling) continues. prompts: lists of ids, cut to half a row."""
+    scale = 3.0 if config.context_drop else 1.0
+    sampling = Sampling(steps=20, cfg_scale=scale, temperature=0.7)
+    prompts = [prompt[: corpus.N // 2] for prompt in prompts]
+    lines = ["".join(f"{name:>11}" for name in table[0])]
+    for row in table:
+        lines.append("".join(f"{value:11.4f}" for value in row.values()))
+    lines += lines_of_samples(corpus.encoding, corpus.eot, prompts, write(prompts, sampling))
+    loss = sum(row["loss"] for row in table) / len(table)
+    return dict(loss=loss, table=table), "\n".join(lines)
 
 
 def rows_with_other_contexts(needed, lengths):
@@ -117,13 +127,6 @@ def table_by_time(space, dit, batch, counted, denoise):
         row["predicted"] = accuracy(dit.estimate(output, z_t, t_of))
         table.append(row)
     return table
-
-
-def lines_of_table(table):
-    lines = ["".join(f"{name:>11}" for name in table[0])]
-    for row in table:
-        lines.append("".join(f"{value:11.4f}" for value in row.values()))
-    return lines
 
 
 def lines_of_samples(encoding, eot, prompts, texts):

@@ -7,7 +7,7 @@ from pathlib import Path
 import regex  # tiktoken depends on it too
 
 from engine.corpus import GPT2_SPLIT, encode
-from engine.script import UserError
+from engine.config import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -8,7 +8,7 @@ os.environ.pop("NO_COLOR", None)
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers, which reads it once
 
 from engine.checkpoint import load_checkpoint, write_whole
-from engine.script import unlock_all
+from engine.terminal import unlock_all
 from tests.helpers import DOCUMENTS, make_quick, randomised, script, train, write_jsonl
 
 

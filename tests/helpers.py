@@ -12,7 +12,7 @@ import torch
 
 import engine.evaluation
 from engine.corpus import Corpus
-from engine.script import run_script
+from engine.terminal import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = ["--n_layer=2", "--n_head=2", "--n_embd=16"]

@@ -46,7 +46,8 @@ def main():
         was_caught = is_caught(mistakes[number])
         caught += was_caught
         what = "caught" if was_caught else "LIVES "
-        print(f"{number:3} {what} {mistakes[number]['file']}: {mistakes[number]['why']}", flush=True)
+        mistake = mistakes[number]
+        print(f"{number:3} {what} {mistake['file']}: {mistake['why']}", flush=True)
     print(f"{caught} of {len(numbers)} caught")
 
 

@@ -100,19 +100,6 @@ def test_a_screen_takes_the_place_of_the_one_before_and_fits(terminal, n_sides):
                 assert len(line) + line.count("語") < columns
 
 
-def test_half_a_character_and_a_new_line_do_not_break_a_screen(terminal):
-    text = "é\n☕ 語"
-    data = text.encode()
-
-    def decode(ids):
-        return data[: len(ids)].decode(errors="replace")
-
-    steps = [("", [list(range(n))]) for n in range(len(data) + 1)]
-    screens = terminal(["語"], [Side("TextLDM", decode, steps, 1)], columns=30)
-    assert [len(screen) for screen in screens] == [2] * len(screens)
-    assert plain(screens[-1][1]).rstrip() == "語|é ☕ 語"
-
-
 def test_without_colour_nothing_is_dim(monkeypatch):
     side = random_side(random.Random(3), "", 1, 6, 1)
     assert any(DIM in line for k in range(7) for line in side.lines(0, "", k, 9))

@@ -14,7 +14,7 @@ from baselines.masked import MaskedLM, masked_loss, unmask
 from engine.checkpoint import build, load_gpt_state
 from engine.corpus import GPT2
 from engine.config import DIT_PRESETS, VAE_PRESETS, TrainConfig
-from engine.loop import Run
+from engine.train import Run
 from engine.statistics import mean_latents
 from test_textldm import (
     EOT,
@@ -47,13 +47,13 @@ from textldm import (
 
 
 def run_and_corpus(home, path, *more):
-    """The engine.loop.Run of a training script, and the corpus that it draws from."""
+    """The engine.train.Run of a training script, and the corpus that it draws from."""
     found = []
     real = Run.draw
 
-    def draw(self, corpus, step):
-        found.append((self, corpus))
-        return real(self, corpus, step)
+    def draw(self, step):
+        found.append((self, self.corpus))
+        return real(self, step)
 
     with pytest.MonkeyPatch.context() as m:
         m.setattr(Run, "draw", draw)
@@ -133,7 +133,7 @@ def test_the_teacher_was_trained_at_every_position_that_it_reads_for_the_vae(hom
     gpt_run, corpus = run_and_corpus(home, "baselines/gpt.py", *options)
     teacher = f"--teacher={home / 'out/gpt.pt'}"
     _, corpus_of_vae = run_and_corpus(home, "train_vae.py", *options, teacher)
-    gpt = gpt_run.model
+    gpt = gpt_run.stage.model
     gpt.zero_grad()
     batch = corpus.batch(np.random.default_rng(0), 200, corpus.N)
     gpt_loss(gpt, batch).backward()

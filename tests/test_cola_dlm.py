@@ -134,7 +134,8 @@ def passes_of(dit, batch, z_0, noise, n_guess=0):
     seen = []
 
     def forward(x, segment, t, guess, layout, places=None):
-        seen.append(((x, segment, t, guess.clone(), layout), dict(places=places)))
+        told = None if guess is None else guess.clone()
+        seen.append(((x, segment, t, told, layout), dict(places=places)))
         return real(x, segment, t, guess, layout, places)
 
     dit.forward = forward
@@ -154,7 +155,8 @@ def test_each_block_has_its_time_and_all_is_clean_before_it(dit):
     assert torch.equal(x[:, :N], z_0)
     assert torch.equal(t_of[:, N:], t[:, block])
     assert torch.allclose(x[:, N:], z_0 + t_of[:, N:, None] * (eps - z_0), atol=1e-6)
-    assert torch.equal(layout.position, torch.arange(N).repeat(2))
+    turn = dit.turn(torch.arange(N).repeat(2))
+    assert all(map(torch.equal, layout.turn, turn))
     noisy = torch.arange(4 * 2 * N).view(4, 2 * N)[:, N:]
     assert torch.equal(options["places"].view(4, N), noisy)
 
@@ -179,7 +181,7 @@ def test_self_conditioning_tells_some_rows_what_a_first_pass_estimated(dit):
     (x, segment, t, guess, layout), _ = seen[1]
     untold = dit(x, segment, t, torch.zeros_like(x), layout)
     estimate = dit.estimate(untold, x, None)
-    assert not first.any()
+    assert first is None
     assert torch.allclose(guess[:2, N:], estimate[:2, N:], atol=1e-5)
     assert not guess[2:].any()
     assert not guess.requires_grad
@@ -305,7 +307,7 @@ def test_one_block_of_one_time_is_the_dit_of_textldm(dit):
     x, guess = torch.randn(2, 4, N, C)
     t = torch.rand(4)
     place = torch.arange(N)
-    layout = Layout(place, torch.ones(N, N).bool(), torch.zeros(N, dtype=torch.long))
+    layout = Layout(dit.turn(place), torch.ones(N, N).bool(), torch.zeros(N, dtype=torch.long))
     expected = plain(x, all_target(4), t, guess)
     output = dit(x, all_target(4), t[:, None], guess, layout)
     assert torch.allclose(output, expected, rtol=1e-4, atol=1e-4)
@@ -349,7 +351,7 @@ class Rereading(ColaDiT):
         document = torch.cat((self.document, self.now.expand(-1, b)), dim=1)
         document = document.repeat(B // len(document), 1)  # guidance has twice the rows
         mask = who_sees_whom(kind, block) & same_segment(document) & is_near
-        layout = Layout(position=place, mask=mask, time_index=kind)
+        layout = Layout(turn=self.turn(place), mask=mask, time_index=kind)
         times = F.pad(t, (1, 0))  # the past is clean
         whole = torch.cat((past, x), dim=1)
         guess = F.pad(guess, (0, 0, L, 0))

@@ -10,7 +10,7 @@ import torch
 
 from engine.checkpoint import build, load_gpt_state
 from engine.corpus import GPT2, Corpus
-from engine.script import UserError
+from engine.config import UserError
 from tests.helpers import refuse, train
 from textldm import GPT, TransformerConfig
 

@@ -120,7 +120,7 @@ def test_the_joint_loss_is_the_sum_of_its_three():
     batch = example_batch()
     z = model.latents(batch.tokens, batch.segment)
 
-    def forward(x, segment, t, guess, places=None):
+    def forward(x, segment, t, guess=None, places=None):
         output = z[: len(x)] + 0.5
         if places is None:
             return output

@@ -1,164 +1,223 @@
-"""What bench/metrics.py reports, by hand, and what has no value."""
+"""What bench/metrics.py and bench/ngram.py report, by hand on a few tokens."""
 
-import json
+import contextlib
 import math
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from bench.evaluate import beginnings_of_words, make_benchmark
-from bench.metrics import bert_score, mauve, repeated, rouge
+from bench import metrics
+from bench.ngram import END, Counts, WordModel
 from engine.corpus import Corpus
-from engine.script import UserError
-from tests.helpers import script
+from tests.helpers import randomised
+from textldm import GPT, TransformerConfig
+
+needs_rouge = pytest.mark.skipif(not find_spec("rouge_score"), reason="pip install rouge-score")
+needs_mauve = pytest.mark.skipif(not find_spec("mauve"), reason="pip install mauve-text")
+NO_AUTOCAST = contextlib.nullcontext()
 
 
-def lines_in(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def test_entropy_is_in_nats():
+    expected = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))
+    assert metrics.entropy(np.array([7, 7, 9])) == pytest.approx(expected)
 
 
-needs_rouge = pytest.mark.skipif(
-    isinstance(rouge(["a"], ["a"]), str), reason="pip install rouge-score"
-)
-needs_mauve = pytest.mark.skipif(find_spec("mauve") is None, reason="pip install mauve-text")
+def test_a_statistic_of_equally_many_items_of_texts_in_random_orders():
+    """Of two texts one comes first. A draw takes half of all items, so its spread counts once."""
+    rows = [np.array([1, 1]), np.array([4, 4])]
+    mean, half = metrics.at_equal_count(np.mean, rows, 2, np.random.default_rng(0))
+    orders = np.random.default_rng(0)
+    firsts = [(1, 4)[orders.permutation(2)[0]] for _ in range(20)]
+    assert mean == pytest.approx(np.mean(firsts)) and 1 < mean < 4
+    assert half == pytest.approx(1.96 * np.std(firsts, ddof=1))
+    texts = [np.array([i]) for i in range(6)]
+    _, half = metrics.at_equal_count(np.sum, texts, 2, np.random.default_rng(0))
+    orders = np.random.default_rng(0)
+    sums = [orders.permutation(6)[:2].sum() for _ in range(20)]
+    assert half == pytest.approx(1.96 * np.std(sums, ddof=1) * math.sqrt(2 / 4)), "2 of 6"
+    assert math.isnan(metrics.at_equal_count(np.mean, rows, 4, np.random.default_rng(0))[0])
 
 
-@needs_rouge
-@pytest.mark.parametrize(
-    "text",
-    [
-        " кот видит сегодня книгу",
-        "Ελλάδα και Κύπρος",
-        "قطة ترى كتابا",
-        "हिन्दी में लिखा हुआ",
-        "안녕 하세요 여러분",
-        "私は猫です。",
-        "ภาษาไทยง่าย",
-        "naïve café",
-    ],
-)
-def test_rouge_of_a_text_with_itself_is_100_in_every_script(text):
-    assert rouge([text], [text]) == [[100, 100, 100]]
+def test_an_interval_is_of_a_ratio_of_sums():
+    """8 nats of 4 tokens: 2; drawn twice alone, the texts have 2 of 1, and 6 of 3, or 7 and 1. Of
+    two values 0 and 1 more than 2.5% of the draws are both 0, and both 1."""
+    rng = np.random.default_rng(0)
+    assert metrics.interval(np.array([2.0, 6]), rng, np.array([1, 3])) == (2, 0)
+    assert metrics.interval(np.array([1.0, 7]), rng, np.array([1, 3])) == (2, (7 / 3 - 1) / 2)
+    assert metrics.interval(np.array([0.0, 1]), rng) == (0.5, 0.5)
+
+
+def test_a_difference_is_of_the_first_minus_the_second_paired_by_prompt():
+    """6 nats of 3 tokens, and 3 nats of 3; then the same in each text: no spread at all."""
+    a = dict(nll=[2.0, 4.0], tokens=[1, 2])
+    b = dict(nll=[1.0, 2.0], tokens=[1, 2])
+    assert metrics.difference(a, b, np.random.default_rng(0)) == (1, 0)
+    assert metrics.difference(b, a, np.random.default_rng(0)) == (-1, 0)
+    c = dict(nll=[1.0, 5.0], tokens=[1, 1])
+    mean, half = metrics.difference(c, dict(nll=[1, 1], tokens=[1, 1]), np.random.default_rng(0))
+    assert (mean, half) == (2, 2), "0, 2 or 4, by which texts are drawn"
+
+
+def test_the_generators_of_metrics_are_their_own():
+    def draw(*given):
+        return metrics.rng_of(*given).integers(2**60)
+
+    assert draw(1, "nll") == draw(1, "nll")
+    assert len({draw(1, "nll"), draw(2, "nll"), draw(1, "mauve")}) == 3
+
+
+def test_the_point_nearest_to_real_text_in_nll_and_entropy_is_chosen():
+    points = [(2.0, 4.0), (2.6, 5.1), (1.9, 5.4), (math.nan, 5.0), (9.0, 5.0)]
+    points = [dict(nll=nll, entropy=entropy) for nll, entropy in points]
+    assert metrics.choose(points, dict(nll=2.2, entropy=5.0)) == 1
+
+
+def test_nll_at_an_entropy_is_of_the_best_curve_that_reaches_it():
+    """Between entropies 4 and 5 a quarter of the way: 2 + 0.25; the other curve has 3."""
+    points = []
+    for steps, temperature, entropy, nll in (
+        (10, 1.0, 5, 3.0),
+        (10, 0.7, 4, 2.0),
+        (20, 0.7, 4, 3.0),
+        (20, 1.0, 6, 3.0),
+        (20, 1.3, math.nan, 0.0),
+    ):
+        knob = dict(steps=steps, temperature=temperature)
+        points.append(dict(knob=knob, entropy=entropy, nll=nll, nll_word=10 * nll))
+    assert metrics.at_entropy(points, 4.25, "nll") == 2.25
+    assert metrics.at_entropy(points, 4.25, "nll_word") == 22.5
+    assert metrics.at_entropy(points, 5.5, "nll") == 3
+    assert metrics.at_entropy(points, 6.5, "nll") is None
+    by_guidance = [dict(knob=dict(steps=1, cfg=w), entropy=w, nll=w) for w in (1, 3)]
+    assert metrics.at_entropy(by_guidance, 2, "nll") == 2
+    assert [[p["nll"] for p in curve] for curve in metrics.curves_of(points)] == [[2, 3], [3, 3]]
+
+
+class Letters:
+    """A vocabulary of letters."""
+
+    def encode(self, text, disallowed_special=()):
+        return [ord(letter) - ord("a") for letter in text]
+
+
+def test_a_gpt_scores_the_tokens_after_the_prompt_and_the_end(monkeypatch):
+    """Each row as it is alone, without padding, with a batch for each."""
+    torch.manual_seed(0)
+    config = TransformerConfig(n_layer=1, n_head=1, n_embd=8, block_size=6, vocab_size=27)
+    gpt = GPT(config)
+    gpt.load_state_dict(randomised(dict(model=gpt.state_dict()))["model"])
+    monkeypatch.setattr(metrics, "load_encoding", lambda tokenizer: Letters())
+    prompts, texts = ["ab", "", "abcdefg"], [("c", True), ("abc", False), ("de", True)]
+    nll, rows, features = metrics.score(gpt, dict(eot=26), prompts, texts, NO_AUTOCAST)
+    assert rows == [[2, 26], [0, 1, 2], [3, 4, 26]]
+    whole = [[26, 0, 1, 2, 26], [26, 0, 1, 2], [5, 6, 3, 4, 26]]
+    whole[2] = [26, 0, 1, 2, 3, 4, 5, 6, 3, 4, 26][-6:]
+    for i, (row, new, last) in enumerate(zip(whole, rows, (3, 3, 4))):
+        x = torch.tensor([row])
+        with torch.no_grad():
+            h = gpt.ln_f(gpt.hidden_states(x, 1))[0]
+        loss = F.cross_entropy(h[:-1] @ gpt.wte.weight.T, x[0, 1:], reduction="none")
+        assert nll[i] == pytest.approx(loss[-len(new) :].sum().item(), rel=1e-4)
+        assert features[i] == pytest.approx(h[last].numpy(), rel=1e-3, abs=1e-5)
+
+
+def test_copied_4_grams_are_of_the_own_prompt_and_of_the_training_text(monkeypatch):
+    """Of abcde and wxyz: abcd and bcde are in the first prompt; bcde and wxyz are trained on."""
+    monkeypatch.setattr(metrics, "PIECE", 3)
+    tokens = np.array(Letters().encode("bcdewxyzz"), dtype=np.uint16)
+    training = SimpleNamespace(encoding=Letters(), tokens=tokens)
+    in_prompt, in_training = metrics.copied(["abcde", "wxyz"], ["abcdef", "abcde"], training)
+    assert (in_prompt, in_training) == pytest.approx((200 / 3, 200 / 3))
+    in_prompt, _ = metrics.copied(["wxyz", "abcd"], ["abcd", "wxyz"], training)
+    assert in_prompt == 0, "of another prompt"
+    assert math.isnan(metrics.copied(["abc"], ["abc"], training)[0])
+
+
+def test_words_and_documents_of_the_training_text_are_known():
+    training = SimpleNamespace(words={"the", "cat"}, documents={"the cat"})
+    found = metrics.known(["t", " dog"], ["the ca", "the"], training)
+    assert found == (50, 50), "the word `cat` begins in the prompt; `the` is all of the prompt's"
+
+
+def test_the_training_text_is_train_and_not_val(home):
+    corpus = Corpus(home / "data", "val", 64)
+    training = metrics.TrainingText(corpus)
+    assert training.tokens.tolist() == Corpus(home / "data", "train", 64).tokens.tolist()
+    assert len(training.documents) > 100 and "letter" in training.words
+    val = corpus.encoding.decode(corpus.tokens[:50].tolist()).split("<|endoftext|>")[0]
+    assert val not in training.documents
+
+
+def test_words_that_repeat_the_word_before_are_counted():
+    """Of 5 words 2: "the" after the prompt's "the", and the second "thou"."""
+    assert metrics.repeated([" the cat, thou", " Thou thou"], ["of THE", ""]) == pytest.approx(40)
+    assert math.isnan(metrics.repeated(["", "!"], ["a", "b"]))
+
+
+# ---- Counts of words
+
+
+def test_counts_are_interpolated_as_witten_and_bell_do():
+    """After `a`, two types in three occurrences: (2 + 2 p) / (3 + 2), where p of `b` without
+    context is (2 + 3 u) / (6 + 3), of three types in six tokens."""
+    u = 0.1
+    counts = Counts([("a", "b"), ("a", "b"), ("a", "c")], 2, lambda symbol: u)
+    p = (2 + 3 * u) / (6 + 3)
+    assert counts.probability(("x", "b"), 1) == pytest.approx(p), "an unknown context"
+    assert counts.probability(("a", "b"), 1) == pytest.approx((2 + 2 * p) / (3 + 2))
+
+
+def test_words_are_scored_from_the_one_that_the_prompt_begins_to_the_end():
+    model = WordModel(["the cat sat", "the cat ran", "a dog sat"] * 3)
+    prompts = ["the cat ", "the c", "the cat ", "the, "]
+    texts = [("ran", False), ("at", False), ("ran", True), ("cat sat", False)]
+    nats, count = model.score(prompts, texts)
+    assert count.tolist() == [1, 1, 2, 2]
+
+    def nats_of(*sequence):
+        return -math.log(model.words.probability(sequence, len(sequence) - 1))
+
+    assert nats[0] == pytest.approx(nats_of("the", "cat", "ran"))
+    assert nats[1] == pytest.approx(nats_of("the", "cat"))
+    assert nats[2] == pytest.approx(nats[0] + nats_of("the", "cat", "ran", END))
+    assert nats[3] == pytest.approx(nats_of("the", ",", "cat") + nats_of("the", ",", "cat", "sat"))
+    assert model.spelling("catt") > model.spelling("qzzk") > 0
+
+
+# ---- Likeness
 
 
 @needs_rouge
 def test_rouge_counts_words_of_any_script_and_characters_where_words_have_no_spaces():
-    """ROUGE-1 by hand: 2 of 3 words, of which the case and the form of an accent do not count."""
-    ((one, two, longest),) = rouge(["a naïve кот"], ["THE nai\u0308ve КОТ"])
-    assert (one, longest) == pytest.approx((200 / 3, 200 / 3))
-    assert two == pytest.approx(50)
-    ((one, _, _),) = rouge(["我喜欢猫"], ["我喜欢狗狗"])
-    assert one == pytest.approx(100 * 2 * 3 / (4 + 5))
-    assert rouge(["na"], ["naïve"]) == [[0, 0, 0]], "no piece of a word is one"
+    """ROUGE-1: 2 of 3 words, of which the case and the form of an accent do not count."""
+    found = metrics.rouge(["a naïve кот", "我喜欢猫", "na"], ["THE nai\u0308ve КОТ", "我喜欢狗狗", "naïve"])
+    assert found["rouge_1"] == pytest.approx([200 / 3, 100 * 2 * 3 / (4 + 5), 0])
+    assert found["rouge_2"][0] == pytest.approx(50)
+    crossed = metrics.rouge(["a b c d"], ["a c b d"])
+    assert (crossed["rouge_1"][0], crossed["rouge_l"][0]) == (100, 75)
 
 
-@needs_rouge
-def test_rouge_is_as_the_package_has_it_on_english():
-    from rouge_score.rouge_scorer import RougeScorer
+def test_bert_score_is_f1_times_100_or_says_what_it_lacks(monkeypatch):
+    def score(texts, references, lang):
+        assert lang == "en"
+        if texts == ["none"]:
+            raise OSError("roberta-large does not appear to have a file named config.json")
+        return torch.zeros(2), torch.zeros(2), torch.tensor([0.25, 1.0])
 
-    theirs = RougeScorer(["rouge1", "rouge2", "rougeL"])
-    pairs = [("The cat's 2 dogs, ran_away!", "the cat 2 dogs ran"), ("a-b c", "a b c d")]
-    for text, reference in pairs:
-        expected = [100 * s.fmeasure for s in theirs.score(reference, text).values()]
-        assert rouge([text], [reference]) == [pytest.approx(expected)]
-
-
-def test_rouge_of_references_without_a_word_is_absent():
-    if find_spec("rouge_score"):
-        assert rouge(["!"], ["?"]) == "no reference has a word"
-
-
-def test_mauve_of_one_cluster_is_absent():
-    x = np.random.default_rng(0).normal(size=(8, 4))
-    assert mauve(x, x + 5, 1, np.random.default_rng(0)) == "too few prompts; --n=16 or more"
+    monkeypatch.setitem(sys.modules, "bert_score", SimpleNamespace(score=score))
+    assert metrics.bert_score(["a", "b"], ["c", "d"]).tolist() == [25, 100]
+    assert metrics.bert_score(["none"], ["a"]) == "roberta-large is not on this machine"
 
 
 @needs_mauve
-def test_mauve_of_two_clusters_tells_two_sets_apart():
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(8, 4))
-    same, _ = mauve(x, x, 2, rng)
-    other, _ = mauve(x, x + 50, 2, rng)
-    assert same > 99 > 50 > other
-
-
-def bert_score_of(monkeypatch, score, texts, references):
-    module = type(sys)("bert_score")
-    module.score = score
-    monkeypatch.setitem(sys.modules, "bert_score", module)
-    return bert_score(texts, references)
-
-
-def test_an_empty_text_has_no_likeness_and_the_others_have_theirs(monkeypatch):
-    def score(texts, references, lang):
-        assert all(texts) and all(references) and lang == "en"
-        f1 = [float(text == reference) for text, reference in zip(texts, references)]
-        return None, None, torch.tensor(f1)
-
-    texts, references = ["a cat", "", "a dog"], ["a cat", "a hen", "a pig"]
-    assert bert_score_of(monkeypatch, score, texts, references).tolist() == [100, 0, 0]
-    assert bert_score_of(monkeypatch, score, ["", " "], ["a", "b"]) == "all texts are empty"
-
-
-def test_bert_score_says_what_it_lacks(monkeypatch):
-    def no_model(texts, references, lang):
-        raise OSError("roberta-large does not appear to have a file named config.json")
-
-    missing = "roberta-large is not on this machine"
-    assert bert_score_of(monkeypatch, no_model, ["a"], ["a"]) == missing
-    assert bert_score_of(monkeypatch, no_model, ["a"], ["кот"]) == "its model reads English"
-
-    def broken(texts, references, lang):
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        bert_score_of(monkeypatch, broken, ["a"], ["a"])
-
-
-def test_words_that_repeat_the_word_before_are_counted_by_hand():
-    """Of 5 words 2: "the" after the prompt's "the", and the second "thou"."""
-    assert repeated([" the cat, thou", " Thou thou"], ["of THE", ""]) == pytest.approx(40)
-    assert math.isnan(repeated(["", "!"], ["a", "b"]))
-
-
-@pytest.mark.parametrize(
-    "text, places",
-    [
-        ("one two three", [3, 7]),
-        ("one-two", []),
-        ("word", []),
-        ("我喜欢猫", [1, 2, 3]),
-        ("我 喜欢", [1]),
-        ("abc猫", [3]),
-    ],
-)
-def test_documents_are_cut_between_words_or_between_characters_of_scripts_without_spaces(
-    text, places
-):
-    assert beginnings_of_words(text) == places
-
-
-def test_texts_without_spaces_have_a_benchmark(tmp_path, monkeypatch):
-    signs = "我你他喜欢看书猫狗鸟鱼大小多少"
-    rng = np.random.default_rng(0)
-    lines = ["".join(rng.choice(list(signs), 8)) for _ in range(400)]
-    (tmp_path / "in.txt").write_text("\n".join(lines))
-    script("data/prepare.py", tmp_path / "in.txt", "--lines", "--out", tmp_path / "data")
-    corpus = Corpus(tmp_path / "data", "val", 64)
-    make_benchmark(corpus, tmp_path / "b.jsonl", 20, 1, False)
-    for line in lines_in(tmp_path / "b.jsonl"):
-        assert line["prompt"] + line["reference"] in lines
-        assert 3 <= len(line["prompt"]) <= 5
-    with pytest.raises(UserError, match=r"; --n=\d+$"):
-        make_benchmark(corpus, tmp_path / "b.jsonl", 9999, 1, False)
-
-
-def test_where_nothing_can_be_cut_the_advice_is_not_to_lower_n(tmp_path):
-    (tmp_path / "in.txt").write_text("\n".join(f"word{i}" for i in range(400)))
-    script("data/prepare.py", tmp_path / "in.txt", "--lines", "--out", tmp_path / "data")
-    corpus = Corpus(tmp_path / "data", "val", 64)
-    with pytest.raises(UserError, match="only 0 documents.*prepare more, or name a --benchmark"):
-        make_benchmark(corpus, tmp_path / "b.jsonl", 8, 1, False)
+def test_mauve_tells_two_sets_apart_and_needs_two_clusters():
+    x = np.random.default_rng(0).normal(size=(8, 4))
+    same, half = metrics.mauve(x, x, 2, np.random.default_rng(0))
+    other, _ = metrics.mauve(x, x + 50, 2, np.random.default_rng(0))
+    assert same == 100 > 50 > other and half >= 0
+    assert metrics.mauve(x, x, 1, None) == "too few prompts; --n=16 or more"

@@ -1,17 +1,20 @@
 """Properties of the page of bench/page.py, in a real browser too, where there is one."""
 
+import html
 import json
 import re
+import shutil
+import subprocess
 
 import pytest
 import torch
 
 from bench.page import shown
 from engine.checkpoint import build, load_checkpoint, write_whole
-from engine.loop import pick_device
-from tests.browser import Browser, chromium
+from engine.terminal import pick_device
 from tests.helpers import ROOT, refuse, script
 from textldm import (
+    CONTEXT,
     GPT,
     DiTConfig,
     Sampling,
@@ -101,42 +104,37 @@ def test_probabilities_are_those_of_the_models(page, random_out):
         assert [p for _, p, _ in run["gpt"]] == pytest.approx(expected, abs=1e-4)
 
         z, segment = noisy_rows(vae, dit, [prompt], 0, sampling)
-        p = dit(z, segment, torch.ones(1), 0 * z)[0, len(prompt) :].float().softmax(-1)
-        best = p.max(-1).values
+        hidden = z.masked_fill((segment == CONTEXT)[..., None], 0)
+        likeliest = []
+        for latents in (z, hidden):
+            p = dit(latents, segment, torch.ones(1), 0 * z)[0, len(prompt) :].float().softmax(-1)
+            likeliest.append(p.max(-1).values)
     first = run["steps"][1]["tokens"]
-    found = [candidates[0][1] for _, _, candidates in first]
-    assert found == pytest.approx(best[: len(found)].tolist(), abs=5e-3)
+    found = torch.tensor([candidates[0][1] for _, _, candidates in first])
+    away, away_without = ((found - p[: len(found)]).abs().sum() for p in likeliest)
+    assert away < 5e-3 * len(found) and away < 0.2 * away_without
 
 
-def test_what_cannot_be_shown_is_refused(random_out, capsys, tmp_path):
-    def refused(words, **states):
-        out = tmp_path / words.replace(" ", "_")
-        out.mkdir()
-        for kind in ("gpt", "vae", "dit"):
-            state = load_checkpoint(random_out / f"{kind}.pt", kind, "")
-            write_whole(out / f"{kind}.pt", states.get(kind, lambda state: state)(state))
-        refuse(capsys, words, "bench/page.py", "--out", out)
-        assert not (out / "page.html").exists()
+def test_what_cannot_be_shown_is_refused(random_out, home, capsys, tmp_path):
+    where = ["--out", random_out, "--page", tmp_path / "page.html"]
+    dit = load_checkpoint(random_out / "dit.pt", "dit", "")
+    config = dict(dit["config"], predict_tokens=False)
+    model = {name: x for name, x in dit["model"].items() if name != "latent_of"}
+    for name in ("to_output.weight", "to_output.bias"):
+        model[name] = model[name][: config["channels"]]
+    write_whole(tmp_path / "dit.pt", dict(dit, config=config, model=model))
+    (tmp_path / "vae.pt").write_bytes((random_out / "vae.pt").read_bytes())
+    refuse(capsys, "predicts velocities", "bench/page.py", "--out", tmp_path)
 
-    def velocities(state):
-        config = dict(state["config"], predict_tokens=False)
-        C = config["channels"]
-        model = dict(state["model"])
-        del model["latent_of"]
-        model["to_output.weight"] = model["to_output.weight"][:C]
-        model["to_output.bias"] = model["to_output.bias"][:C]
-        return dict(state, config=config, model=model)
-
-    def shorter(state):
-        config = dict(state["config"], block_size=4)
-        model = dict(state["model"], **{"wpe.weight": state["model"]["wpe.weight"][:4]})
-        return dict(state, config=config, model=model)
-
-    refused("predicts velocities", dit=velocities)
-    refused("need one more", gpt=shorter)
-    refused("different tokenizers", gpt=lambda state: dict(state, tokenizer=dict(eot=1)))
-    options = ["--out", random_out, "--page", tmp_path / "page.html"]
-    refuse(capsys, "is missing", "bench/page.py", *options, "--gpt", tmp_path / "gpt.pt")
+    gpt = load_checkpoint(random_out / "gpt.pt", "gpt", "")
+    config = dict(gpt["config"], block_size=4)
+    model = dict(gpt["model"], **{"wpe.weight": gpt["model"]["wpe.weight"][:4]})
+    shorter = dict(gpt, config=config, model=model)
+    for words, state in (("need one more", shorter), ("tokenizers", dict(gpt, tokenizer={}))):
+        write_whole(tmp_path / "other.pt", state)
+        refuse(capsys, words, "bench/page.py", *where, "--gpt", tmp_path / "other.pt")
+    refuse(capsys, "is missing", "bench/page.py", *where, "--gpt", tmp_path / "gpt.pt")
+    assert not (tmp_path / "page.html").exists()
 
 
 def test_the_page_in_docs_is_small_and_is_made_of_the_template():
@@ -150,127 +148,77 @@ def test_the_page_in_docs_is_small_and_is_made_of_the_template():
 
 # ---- In a browser
 
+# Uses the page, and leaves what it shows in the place of the page.
+USE = """<script>
+const places = model => [...document.querySelectorAll(`#${model}-text .place`)];
+const texts = model => places(model).map(place => place.textContent);
+const move = step => { find("step").value = step; find("step").dispatchEvent(new Event("input")); };
+const candidates = () => [...document.querySelectorAll("#candidates tr")].map(
+  row => [row.cells[1].textContent, row.hasAttribute("aria-current")]);
+const found = [];
+DATA.runs.forEach((run, i) => {
+  document.querySelectorAll("#prompts input")[i].click();
+  const steps = [];
+  for (let step = 0; step < run.steps.length; step++) {
+    move(step);
+    steps.push([texts("ldm"), texts("gpt"), find("ldm-count").textContent]);
+  }
+  const chosen = [];
+  for (const [model, place, act] of [["ldm", 0, "click"], ["gpt", 0, "focus"]]) {
+    places(model)[place].querySelector("button").dispatchEvent(new Event(act));
+    chosen.push([document.querySelector("#candidates h3").textContent, candidates()]);
+  }
+  const bold = document.querySelectorAll(".text b").length;
+  found.push([document.querySelector("#ldm-text .prompt").textContent, steps, chosen, bold]);
+});
+window.setInterval = tick => { window.tick = tick; return 1; };
+find("play").click();
+while (timer) tick();
+const end = [find("step").value, find("play").textContent];
+document.body.textContent = JSON.stringify([found, end, errors]);
+</script></body>"""
+ERRORS = "<script>const errors = []; onerror = error => errors.push(error);</script>"
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+
 
 @pytest.fixture(scope="module")
-def window(tmp_path_factory):
-    if not chromium():
+def used(page, tmp_path_factory):
+    """What the page shows in a browser: for each prompt, and after Play; and its errors."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if not browser:
         pytest.skip("no Chromium")
-    browser = Browser(tmp_path_factory.mktemp("browser"))
-    yield browser
-    browser.close()
+    folder = tmp_path_factory.mktemp("browser")
+    text = page.read_text(encoding="utf-8")
+    text = text.replace("<head>", "<head>" + ERRORS).replace("</body>", USE)
+    (folder / "page.html").write_text(text, encoding="utf-8")
+    command = [browser, *FLAGS, f"--user-data-dir={folder / 'profile'}", folder / "page.html"]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120)
+    return json.loads(html.unescape(re.search(r"<body>(.*)</body>", done.stdout, re.S)[1]))
 
 
-@pytest.fixture
-def browser(window, page):
-    """A browser that shows the page, which may not complain or ask for another file."""
-    window.look(800, 900, "light")
-    window.open(page)
-    yield window
-    assert window.errors == []
-
-
-def visible(browser, model):
-    selector = f"#{model}-text .place"
-    return browser.run(f"[...document.querySelectorAll('{selector}')].map(x => x.textContent)")
-
-
-def test_the_slider_moves_the_text_by_keys(browser, page):
-    run = data_of(page)["runs"][0]
-    browser.run("find('step').focus()")
-    browser.press("Home")
-    for step in range(STEPS + 1):
-        assert visible(browser, "ldm") == words(run["steps"][step]["tokens"])
-        written = run["gpt"] if step == STEPS else run["gpt"][:step]
-        assert visible(browser, "gpt") == words(written)
-        count = browser.run("find('ldm-count').textContent")
-        assert f"step {step} of {STEPS}" in count
-        assert f"{2 * step} evaluations" in count
-        browser.press("ArrowRight")
-    browser.press("ArrowLeft")
-    assert visible(browser, "ldm") == words(run["steps"][STEPS - 1]["tokens"])
-
-
-def test_a_token_shows_its_candidates_by_touch_keys_and_mouse(browser, page):
-    run = data_of(page)["runs"][0]
-    rows = "[...document.querySelectorAll('#candidates tr')].map(x => x.cells[1].textContent)"
-    marked = "document.querySelectorAll('#candidates tr[aria-current]').length"
-    title = "document.querySelector('#candidates h3').textContent"
-
-    def check(model, place, token):
-        word, p, candidates = token
-        known = [word, p] in candidates
-        assert len(browser.run(rows)) == len(candidates) + (not known)
-        assert browser.run(marked) == 1
-        assert browser.run(title).startswith(f"{model}, place {place}: “{word.strip()}”")
-
-    browser.run("find('step').focus()")
-    browser.press("End")
-    tokens = run["steps"][STEPS]["tokens"]
-    browser.touch(f"#ldm-text .place:nth-of-type({len(tokens) + 1}) button")
-    check("TextLDM", len(tokens), tokens[-1])
-    browser.touch("#gpt-text .place:nth-of-type(2) button")
-    check("GPT", 1, run["gpt"][0])
-    browser.run("document.querySelector('#ldm-text .token').focus()")
-    check("TextLDM", 1, tokens[0])
-    browser.hover("#gpt-text .place:nth-of-type(2) button")
-    check("GPT", 1, run["gpt"][0])
-
-
-def test_the_focus_stays_in_the_text_when_its_token_goes(browser, page):
-    for step in range(STEPS - 1, 0, -1):
-        browser.run(f"find('step').value = {step + 1}; show()")
-        browser.run("[...document.querySelectorAll('#gpt-text .token')].at(-1).focus()")
-        browser.run(f"find('step').value = {step}; show()")
-        assert browser.run("document.activeElement.className").startswith("token")
-
-
-def test_another_prompt_shows_its_own_text(browser, page):
-    for i, run in enumerate(data_of(page)["runs"]):
-        browser.touch(f"#prompts label:nth-of-type({i + 1})")
-        prompt = browser.run("document.querySelector('#ldm-text .prompt').textContent")
+def test_each_step_shows_its_text_and_each_prompt_its_own(used, page):
+    for run, (prompt, steps, _, bold) in zip(data_of(page)["runs"], used[0], strict=True):
         assert prompt == run["prompt"]
-        assert browser.run("document.querySelectorAll('.text b').length") == 0, "text is not code"
+        assert bold == 0, "text is not code"
+        for step, (ldm, gpt, count) in enumerate(steps):
+            assert ldm == words(run["steps"][step]["tokens"]), step
+            assert gpt == words(run["gpt"] if step == STEPS else run["gpt"][:step])
+            assert f"step {step} of {STEPS}" in count
+            assert f"{2 * step} evaluations" in count
 
 
-def test_play_goes_to_the_end_and_stops(browser):
-    browser.run("window.setInterval = (f, ms) => window.tick = f")
-    browser.run("find('play').click()")
-    for _ in range(STEPS):
-        browser.run("timer && tick()")
-    assert browser.run("find('step').value") == str(STEPS)
-    assert browser.run("timer") is None
-    assert browser.run("find('play').textContent") == "Replay"
+def test_a_token_shows_its_candidates(used, page):
+    for run, (_, _, chosen, _) in zip(data_of(page)["runs"], used[0]):
+        tokens = run["steps"][STEPS]["tokens"][0], run["gpt"][0]
+        for (title, rows), name, (word, p, candidates) in zip(chosen, ("TextLDM", "GPT"), tokens):
+            assert title.startswith(f"{name}, place 1: “{word.strip()}”")
+            marked = [percent for percent, is_marked in rows if is_marked]
+            assert len(marked) == 1 and marked[0] in title
+            assert len(rows) == len(candidates) + ([word, p] not in candidates)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_has_contrast_on_every_colour(browser, scheme):
-    """4.5 to 1 is what WCAG asks for."""
-    browser.look(800, 900, scheme)
-    code = """(() => {
-      const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
-      const style = getComputedStyle(document.documentElement);
-      const light = name => {
-        canvas.fillStyle = style.getPropertyValue(name);
-        canvas.fillRect(0, 0, 1, 1);
-        const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map(
-          x => x / 255 <= .04045 ? x / 255 / 12.92 : ((x / 255 + .055) / 1.055) ** 2.4);
-        return .2126 * r + .7152 * g + .0722 * b;
-      };
-      const pairs = [["--ink", "--unsure"], ["--ink", "--sure"], ["--ink", "--card"],
-        ["--faint", "--card"], ["--faint", "--page"], ["--accent", "--page"]];
-      return pairs.map(([a, b]) => {
-        const [low, high] = [light(a), light(b)].sort((x, y) => x - y);
-        return (high + .05) / (low + .05);
-      });
-    })()"""
-    assert min(browser.run(code)) >= 4.5
-
-
-@pytest.mark.parametrize("width, zoom", [(320, 100), (320, 200), (800, 200)])
-def test_no_window_is_too_narrow(browser, width, zoom):
-    browser.look(width, 700, "light")
-    browser.run(f"document.documentElement.style.fontSize = '{zoom}%'")
-    for step in range(STEPS + 1):
-        browser.run(f"find('step').value = {step}; show()")
-        assert browser.run("document.documentElement.scrollWidth") <= width
-        assert browser.run("find('step').getBoundingClientRect().width") > 100
+def test_play_goes_to_the_end_and_nothing_fails(used, page):
+    assert used[1] == [str(STEPS), "Replay"]
+    assert used[2] == []
+    assert not re.search(r"src=|https?:|@import", page.read_text(encoding="utf-8"))

@@ -7,7 +7,7 @@ import torch
 
 from engine.corpus import encode, load_encoding
 from engine.prompts import Prompt, make_prompts
-from engine.script import UserError
+from engine.config import UserError
 from tests.test_sample import KINDS, models, random_models, sample  # noqa: F401 (fixtures)
 from textldm import Sampling, row_seeds
 from variants.writers import Writer, load_writer

@@ -13,15 +13,14 @@ import pytest
 import torch
 
 import engine.animation
-import engine.loop
+import engine.terminal
 import variants.writers
 from bench.evaluate import EvalConfig
 from bench.page import PageConfig
 from engine.checkpoint import load_checkpoint, write_whole
-from engine.config import TrainConfig, make_config
+from engine.config import TrainConfig, UserError, make_config
 from engine.corpus import GPT2, Corpus, load_encoding
 from engine.animation import Side
-from engine.script import UserError
 from sample import Printer, SampleConfig, show_steps
 from tests.helpers import (
     randomised,
@@ -271,7 +270,7 @@ def test_a_notebook_loads_in_three_lines_and_samples_in_one(
     exec("\n".join(lines[:3]), names := {})
     text = eval(re.fullmatch(r"print\((.*)\)", lines[3])[1], names)
     cpu = torch.device("cpu"), contextlib.nullcontext()
-    monkeypatch.setattr(engine.loop, "pick_device", lambda *given: cpu)
+    monkeypatch.setattr(engine.terminal, "pick_device", lambda *given: cpu)
     options = ["--prompt=greek small letter", "--steps=20", "--cfg=3", "--temperature=0.7"]
     assert sample("--out=out", *options).out == f"greek small letter|{text}\n"
 

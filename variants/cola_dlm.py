@@ -16,8 +16,6 @@ What it changes of TextLDM:
 Shapes are those of textldm.py. M is the number of blocks of a row.
 """
 
-import copy
-import hashlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,54 +23,37 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from engine.checkpoint import build, copy_blocks, load_checkpoint, load_teacher_state
-from engine.config import DIT_PRESETS, VAE_PRESETS, TrainConfig, command_line
-from engine.corpus import Corpus, shorten_rows
-from engine.evaluation import (
-    evaluate_vae,
-    lines_of_samples,
-    lines_of_table,
-    rows_with_other_contexts,
-    table_by_time,
-)
-from engine.loop import (
-    Run,
-    pick_device,
-    pick_dtype,
-    recompute_blocks,
-    set_learning_rate,
-    update_average,
-)
-from engine.muon import make_optimizers
-from engine.script import UserError, run_script
-from engine.statistics import feature_statistics, mean_latents
+from engine.checkpoint import build, load_checkpoint
+from engine.config import DIT_PRESETS, TrainConfig, command_line
+from engine.corpus import Corpus
+from engine.evaluation import rows_with_other_contexts, summary, table_by_time
+from engine.config import UserError
+from engine.terminal import pick_device, run_script
+from engine.train import Stage, train
 from textldm import (
     CONTEXT,
-    GPT,
     OURS,
     TAIL_WEIGHT,
     TARGET,
-    Block,
     DiTConfig,
     Sampling,
     TextDiT,
     TextVAE,
-    TransformerConfig,
     VAEConfig,
     denoise,
     make_batch,
     option,
-    rotate,
+    rotary,
     row_seeds,
     same_segment,
-    teacher_features,
     texts_of,
     weighted_mean,
 )
+from train_dit import DiTStage, fit, make_dit
+from train_vae import train_vae, weight_of
 
 # ---- The rows and the VAE ------------------------------------------------------------------------
 
@@ -142,7 +123,7 @@ class History:
 class Layout(NamedTuple):
     """Where the tokens of a pass stand, and whom they see."""
 
-    position: torch.Tensor  # (N,)
+    turn: tuple  # textldm.rotary of the positions
     mask: torch.Tensor  # (N, N), or (B, 1, N, N_past + N) with a history
     time_index: torch.Tensor  # (N,): which of the times t (B, M) a token has
     history: History = None  # of earlier tokens
@@ -157,7 +138,7 @@ class ColaDiT(TextDiT):
         B, M = t.shape
         is_target = segment == TARGET  # (B, N)
         h = self.from_latent(x) + self.segment_emb(is_target.long())  # (B, N, E)
-        if self.config.self_condition:
+        if self.config.self_condition and guess is not None:
             h = h + self.from_guess(guess * is_target[..., None])
         time_emb = None
         if self.config.adaln:
@@ -166,6 +147,9 @@ class ColaDiT(TextDiT):
             h = self.through_block(i, block, h, time_emb, layout)
         h = self.transformer.ln_f(h)
         return self.output(h, places)
+
+    def turn(self, position):
+        return rotary(position, self.transformer.D)
 
     def through_block(self, i, block, x, time_emb, layout):
         """textldm.Block.forward, with a time for each token."""
@@ -182,11 +166,7 @@ class ColaDiT(TextDiT):
 
     def attend(self, i, attn, x, layout):
         """textldm.Attention.forward, with the history of layer i."""
-        B, N, E = x.shape
-        qkv = attn.c_attn(x).view(B, N, 3, attn.n_head, E // attn.n_head)  # (B, N, 3, H, D)
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, N, D)
-        q, k = rotate(qkv[:2], layout.position)
-        v = qkv[2]
+        q, k, v = attn.heads(x, layout.turn)  # (B, H, N, D) each
         history = layout.history
         if history is not None and history.layers[i] is not None:
             past_k, past_v = history.layers[i]
@@ -194,8 +174,7 @@ class ColaDiT(TextDiT):
             v = torch.cat((past_v, v), dim=2)
         if layout.is_kept:
             history.layers[i] = (k[:, :, -history.window :], v[:, :, -history.window :])
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask)
-        return attn.c_proj(y.transpose(1, 2).reshape(B, N, E))
+        return attn.attend(q, k, v, layout.mask)
 
 
 # ---- The loss ------------------------------------------------------------------------------------
@@ -224,7 +203,7 @@ def block_denoising_loss(dit, batch, z_0, context, noise, n_guess=0):
     segment = side.expand(B, -1)  # (B, 2 N)
     t = F.pad(noise.t, (1, 0))  # (B, 1 + M): clean tokens are at t = 0
     layout = Layout(
-        position=torch.arange(N, device=x.device).repeat(2),
+        turn=dit.turn(torch.arange(N, device=x.device).repeat(2)),
         mask=who_sees_whom(side, block),
         time_index=torch.where(side == TARGET, 1 + block, 0),
     )
@@ -235,10 +214,9 @@ def block_denoising_loss(dit, batch, z_0, context, noise, n_guess=0):
         n = n_guess
         with torch.no_grad():
             first = places[: n * N]
-            output = dit(x[:n], segment[:n], t[:n], guess[:n], layout, places=first)
+            output = dit(x[:n], segment[:n], t[:n], None, layout, places=first)
             output = output.view(n, N, -1)
             guess[:n, N:] = dit.estimate(output, z_t[:n], t_of[:n])
-        torch.clear_autocast_cache()  # see textldm.denoising_loss
     output = dit(x, segment, t, guess, layout, places=places)  # (T, V) or (T, C)
 
     def at_targets(x):
@@ -246,7 +224,7 @@ def block_denoising_loss(dit, batch, z_0, context, noise, n_guess=0):
         return x.flatten(0, 1).index_select(0, targets)
 
     z_t, t_of = at_targets(z_t), at_targets(t_of)
-    loss = dit.error(output, at_targets(batch.tokens), at_targets(z_0), at_targets(noise.eps))
+    loss = dit.loss(output, at_targets(batch.tokens), at_targets(z_0), at_targets(noise.eps))
     return loss, output, z_t, t_of
 
 
@@ -364,7 +342,7 @@ class Texts:
         mask = who_sees_whom(segment, (position - self.end) // self.b)  # (L, L)
         mask = (mask & same_segment(in_document))[:, :, -new:]  # (B, 1, new, L)
         layout = Layout(
-            position=position[-new:],
+            turn=self.dit.turn(position[-new:]),
             mask=self.for_guidance(mask),
             time_index=torch.zeros(new, dtype=torch.long, device=device),
             history=self.history,
@@ -373,7 +351,7 @@ class Texts:
         segment = torch.full(x.shape[:2], CONTEXT, device=device)
         t = x.new_zeros(len(x), 1)  # clean
         nothing = position[:0]  # no output is asked for
-        self.dit(x, segment, t, torch.zeros_like(x), layout, places=nothing)
+        self.dit(x, segment, t, None, layout, places=nothing)
 
     def noise(self, in_document):
         """The DiT at the place of the next block, and noise (B, b, C) for it."""
@@ -382,7 +360,7 @@ class Texts:
         in_document = F.pad(in_document[:, -self.window :], (0, b), value=True)
         mask = same_segment(in_document)[:, :, -b:]  # (B, 1, b, window + b)
         layout = Layout(
-            position=torch.arange(self.end, self.end + b, device=device),
+            turn=self.dit.turn(torch.arange(self.end, self.end + b, device=device)),
             mask=self.for_guidance(mask),
             time_index=torch.zeros(b, dtype=torch.long, device=device),
             history=self.history,
@@ -464,149 +442,50 @@ class BlockEvaluation:
         table = table_by_time(vae, dit, batch, counted, denoise_at)
         prompts = []
         for row, length in zip(batch.tokens[:4], self.lengths):
-            prompts.append(row[: length // 2].tolist()[: N // 2])
-        scale = 3.0 if dit.config.context_drop else 1.0
-        sampling = Sampling(steps=20, cfg_scale=scale, temperature=0.7)
-        texts = continue_in_blocks(vae, dit, prompts, 0, sampling)
-        lines = lines_of_table(table)
-        lines += lines_of_samples(self.corpus.encoding, self.corpus.eot, prompts, texts)
-        numbers = dict(loss=sum(row["loss"] for row in table) / len(table), table=table)
-        return numbers, "\n".join(lines)
+            prompts.append(row[: length // 2].tolist())
 
+        def write(prompts, sampling):
+            return continue_in_blocks(vae, dit, prompts, 0, sampling)
 
-@dataclass
-class VAEStage:
-    teacher: str = option("", "frozen GPT for REPA (OUT/gpt.pt), or none")
-
-
-@dataclass
-class DiTStage:
-    vae: str = option("", "checkpoint of the causal VAE (OUT/vae.pt)")
-    from_decoder: bool = option(False, "blocks start as the VAE decoder's, if of their width")
-
-
-def weight_of(batch):
-    return batch.weight.sum()
-
-
-def train_vae():
-    """As train_vae.py, with rows of one text and a causal VAE."""
-    config, cfg, stage = command_line(
-        __doc__, VAEConfig, TrainConfig, VAEStage, presets=VAE_PRESETS, recipe=OURS
-    )
-    corpus = BlockCorpus(cfg.data, "train", config.block_size)
-    val = BlockCorpus(cfg.data, "val", config.block_size)
-    device, autocast = pick_device(cfg.device, corpus.N)
-    identity = dict(corpus.identity, kind="causal_vae", teacher="none")
-    teacher = None
-    if stage.teacher != "none":
-        state = load_teacher_state(stage.teacher or f"{cfg.out}/gpt.pt", corpus)
-        teacher = build(GPT, TransformerConfig, state).to(device).requires_grad_(False)
-        shorten_rows((corpus, val), teacher.config.block_size - 1, "the teacher")
-        weights = teacher.wte.weight.cpu().numpy().tobytes()
-        identity["teacher"] = hashlib.sha256(weights).hexdigest()
-    config.block_size = corpus.N
-    config.vocab_size = corpus.meta["vocab_size"]
-    training_sample = corpus.fixed_batches(16, device)
-    if teacher is not None:
-        with autocast:
-            mean, std = feature_statistics(teacher, training_sample)
-        config.teacher_embd = len(mean)
-    torch.manual_seed(cfg.seed)
-    vae = CausalVAE(config).to(device)
-    if teacher is not None:
-        vae.teacher_mean, vae.teacher_std = mean, std
-    if cfg.recompute:
-        recompute_blocks(vae, Block)
-    val_batches = val.fixed_batches(4, device)
-
-    def features_of(batch):
-        if teacher is None:
-            return None
-        return teacher_features(teacher, batch.tokens)
-
-    def evaluate():
-        active = vae.standardise(training_sample)  # of the weights as they are now
-        return evaluate_vae(vae, val_batches, features_of, active)
-
-    optimizers = make_optimizers(vae, Block, cfg, pick_dtype(device))
-    run = Run("vae", cfg, vae, vae, optimizers, identity)
-    for step in run.steps(evaluate):
-        learning_rate = run.learning_rate(step)
-        beta = config.beta * min(step / max(config.beta_warmup, 1), 1)
-        for batch, share, generator in run.micro_batches(corpus, weight_of):
-            with run.autocast:
-                losses = run.net(batch, features_of(batch), beta, generator)
-            (losses["loss"] * share).backward()
-            run.add(losses, share)
-        run.sum_gradients()  # of all processes
-        norm = nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        run.require_finite(norm)
-        for optimizer in optimizers:
-            set_learning_rate(optimizer, learning_rate)
-            optimizer.step()
-            optimizer.zero_grad()
-        run.end_step(norm, learning_rate)
+        return summary(table, self.corpus, dit.config, prompts, write)
 
 
 def train_dit():
     """As train_dit.py, with rows of one text in blocks."""
-    config, cfg, stage = command_line(
+    config, cfg, options = command_line(
         __doc__, ColaConfig, TrainConfig, DiTStage, presets=DIT_PRESETS, recipe=OURS
     )
     corpus = BlockCorpus(cfg.data, "train", config.block_size)
     val = BlockCorpus(cfg.data, "val", config.block_size)
     if cfg.recompute:
         raise UserError("--recompute is for TextLDM and LDLM; lower --batch_size instead")
-    device, autocast = pick_device(cfg.device, corpus.N)
-    path = stage.vae or f"{cfg.out}/vae.pt"
+    device, _ = pick_device(cfg.device, corpus.N)
+    path = options.vae or f"{cfg.out}/vae.pt"
     remedy = "python variants/cola_dlm.py vae makes one"
     state = load_checkpoint(path, "causal_vae", remedy, corpus.tokenizer)
     vae = build(CausalVAE, VAEConfig, state).to(device).requires_grad_(False)
-    shorten_rows((corpus, val), vae.config.block_size, "the VAE")
-    config.block_size = corpus.N
-    config.vocab_size = corpus.meta["vocab_size"]
-    config.channels = vae.config.channels
+    fit(config, vae, (corpus, val))
     if 2 * config.latent_block > config.block_size:
         raise UserError(
             f"--latent_block={config.latent_block} is more than half of a row of "
             f"{config.block_size} tokens; lower it"
         )
     torch.manual_seed(cfg.seed)
-    dit = ColaDiT(config).to(device)
-    if config.predict_tokens:
-        dit.latent_of, unexplained = mean_latents(vae, corpus.fixed_batches(64, device))
-        print(f"a token fixes its latent but for {unexplained:.1%} of its variance")
-    is_same_width = (config.n_embd, config.n_head) == (vae.config.n_embd, vae.config.n_head)
-    if stage.from_decoder and is_same_width:
-        copy_blocks(vae.decoder.h, dit.transformer.h)
-    average = copy.deepcopy(dit).requires_grad_(False)
-    evaluate = BlockEvaluation(vae, val.fixed_batches(1, device)[0], config.latent_block, corpus)
+    dit = make_dit(ColaDiT, config, vae, corpus, options)
+    table = BlockEvaluation(vae, val.fixed_batches(1, device)[0], config.latent_block, corpus)
 
-    optimizers = make_optimizers(dit, Block, cfg, pick_dtype(device))
-    identity = dict(corpus.identity, kind="cola_dlm", vae=vae.z_mean.tolist())
-    run = Run("dit", cfg, dit, average, optimizers, identity)
-    for step in run.steps(lambda: evaluate(average)):
-        learning_rate = run.learning_rate(step)
-        for batch, share, generator in run.micro_batches(corpus, weight_of):
-            with run.autocast:
-                z_0 = vae.latents(batch.tokens, batch.segment)
-                loss = block_flow_loss(run.net, batch, z_0, generator)
-            (loss * share).backward()
-            run.add(dict(loss=loss), share)
-        run.sum_gradients()  # of all processes
-        norm = nn.utils.clip_grad_norm_(dit.parameters(), 1.0)
-        run.require_finite(norm)
-        for optimizer in optimizers:
-            set_learning_rate(optimizer, learning_rate)
-            optimizer.step()
-            optimizer.zero_grad()
-        update_average(average, dit, step)
-        run.end_step(norm, learning_rate)
+    def loss_of(net, batch, generator, step):
+        z_0 = vae.latents(batch.tokens, batch.segment)
+        return dict(loss=block_flow_loss(net, batch, z_0, generator))
+
+    identity = dict(kind="cola_dlm", vae=vae.z_mean.tolist())
+    stage = Stage("dit", cfg, corpus, dit, identity, has_average=True)
+    train(stage, loss_of, weight_of, table)
 
 
 def main():
-    stages = dict(vae=train_vae, dit=train_dit)
+    stages = dict(dit=train_dit)
+    stages["vae"] = lambda: train_vae(__doc__, BlockCorpus, CausalVAE, "causal_vae")
     if sys.argv[1:] in (["--help"], ["-h"]):
         print(__doc__ + "\nOptions: cola_dlm.py vae --help, cola_dlm.py dit --help")
         return

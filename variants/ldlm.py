@@ -15,7 +15,6 @@ The latent of a token has mean 0 and standard deviation 1 over its channels. Wat
 kept.
 """
 
-import copy
 import json
 import math
 import sys
@@ -31,23 +30,15 @@ from engine.checkpoint import build, load_teacher_state
 from engine.config import DIT_PRESETS, TrainConfig, command_line
 from engine.corpus import Corpus, shorten_rows
 from engine.evaluation import Evaluation
-from engine.loop import (
-    Run,
-    pick_device,
-    pick_dtype,
-    recompute_blocks,
-    set_learning_rate,
-    update_average,
-)
-from engine.muon import make_optimizers
-from engine.script import UserError, run_script
+from engine.config import UserError
+from engine.terminal import pick_device, run_script
+from engine.train import Stage, train
 from engine.statistics import feature_statistics
 from textldm import (
     CONTEXT,
     GPT,
     OURS,
     TARGET,
-    Block,
     DiTConfig,
     Sampling,
     TextDiT,
@@ -62,6 +53,7 @@ from textldm import (
     teacher_features,
     weighted_mean,
 )
+from train_dit import weight_of
 
 # Of our departures, those that LDLM shares, and one of its own.
 OURS_HERE = {k: OURS[k] for k in ("adaln", "self_condition", "t_mean", "t_std", "muon")}
@@ -110,7 +102,7 @@ class LatentDiT(TextDiT):
         # Running means of the loss at 64 even times from 0 to 1, for adaptive times.
         self.register_buffer("loss_at", torch.zeros(64))
 
-    def error(self, output, tokens, z_0, eps):
+    def loss(self, output, tokens, z_0, eps):
         return (output - z_0).square().mean(-1)
 
     def estimate(self, output, z_t, t, temperature=1.0):
@@ -253,10 +245,6 @@ def describe_latents(ldlm, batch):
     )
 
 
-def weight_of(batch):
-    return (batch.weight * (batch.segment == TARGET)).sum()
-
-
 def main():
     config, cfg, stage = command_line(
         __doc__, LDLMConfig, TrainConfig, LDLMStage, presets=DIT_PRESETS, recipe=OURS_HERE
@@ -278,34 +266,18 @@ def main():
     with autocast:
         statistics = feature_statistics(teacher, corpus.fixed_batches(16, device))
     ldlm.hidden_mean, ldlm.hidden_std = statistics
-    average = copy.deepcopy(ldlm).requires_grad_(False)
-    if cfg.recompute:
-        recompute_blocks(ldlm, Block)
-    evaluate = Evaluation(val.fixed_batches(1, device)[0], config.channels, corpus)
+    table = Evaluation(val.fixed_batches(1, device)[0], config.channels, corpus)
 
-    optimizers = make_optimizers(ldlm, Block, cfg, pick_dtype(device))
-    run = Run("dit", cfg, ldlm, average, optimizers, dict(corpus.identity, kind="ldlm"))
+    def loss_of(net, batch, generator, step):
+        return joint_loss(net, batch, step, generator)
 
-    def judge():
-        numbers, text = evaluate(average, average.dit)
-        return numbers, f"{text}\n{describe_latents(average, evaluate.batch)}"
+    def evaluate(average):
+        numbers, text = table(average, average.dit)
+        return numbers, f"{text}\n{describe_latents(average, table.batch)}"
 
-    for step in run.steps(judge, keep_latest=True):
-        learning_rate = run.learning_rate(step)
-        for batch, share, generator in run.micro_batches(corpus, weight_of):
-            with run.autocast:
-                losses = joint_loss(ldlm, batch, step, generator)
-            (losses["loss"] * share).backward()
-            run.add(losses, share)
-        run.sum_gradients()  # of all processes
-        norm = nn.utils.clip_grad_norm_(ldlm.parameters(), 1.0)
-        run.require_finite(norm)
-        for optimizer in optimizers:
-            set_learning_rate(optimizer, learning_rate)
-            optimizer.step()
-            optimizer.zero_grad()
-        update_average(average, ldlm, step)
-        run.end_step(norm, learning_rate)
+    identity = dict(kind="ldlm")
+    stage = Stage("dit", cfg, corpus, ldlm, identity, has_average=True, keeps_latest=True)
+    train(stage, loss_of, weight_of, evaluate)
 
 
 if __name__ == "__main__":

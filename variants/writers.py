@@ -14,7 +14,7 @@ from baselines.masked import MaskedLM, unmask
 from engine.checkpoint import GPT2_NAMES, as_gpt_state, build, load_checkpoint, load_gpt_state
 from engine.corpus import load_encoding
 from engine.prompts import make_prompts, room_for_prompts
-from engine.script import UserError
+from engine.config import UserError
 from textldm import (
     GPT,
     DiTConfig,
