@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from engine.corpus import encode, load_encoding
-from engine.prompts import Prompt, make_prompts
+from engine.corpus import encode
+from engine.prompts import make_prompts
 from engine.config import UserError
 from tests.test_sample import KINDS, models, random_models, sample  # noqa: F401 (fixtures)
 from textldm import Sampling, row_seeds

@@ -38,7 +38,6 @@ from textldm import (
     CONTEXT,
     GPT,
     OURS,
-    TARGET,
     DiTConfig,
     Sampling,
     TextDiT,
