@@ -478,7 +478,10 @@ class Judge:
         row["evaluations"] = float(measured.evaluations)
         row["seconds"] = measured.seconds
         if self.options.likeness:
-            values = metrics.rouge(texts, self.real.texts)
+            values = {}
+            scores = metrics.rouge(texts, self.real.texts)
+            for k, name in enumerate(("rouge_1", "rouge_2", "rouge_l")):
+                values[name] = scores if isinstance(scores, str) else np.array(scores)[:, k]
             values["bertscore"] = metrics.bert_score(texts, self.real.texts)
             for name, value in values.items():
                 is_absent = isinstance(value, str)

@@ -81,24 +81,36 @@ def words_of(text):
 
 
 def rouge(texts, references):
-    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L (n,), times 100: a dict. Without stemming."""
+    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L of each text (n lists of three), times 100, without
+    stemming. Or a str that says why there is none."""
+    if not any(words_of(reference) for reference in references):
+        return "no reference has a word"
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=Words())
-    scores = [list(scorer.score(*pair).values()) for pair in zip(references, texts)]
-    values = 100 * np.array([[score.fmeasure for score in row] for row in scores])
-    return dict(rouge_1=values[:, 0], rouge_2=values[:, 1], rouge_l=values[:, 2])
+    scores = [scorer.score(*pair).values() for pair in zip(references, texts)]
+    return [[100 * score.fmeasure for score in row] for row in scores]
 
 
 def bert_score(texts, references):
-    """F1 of BERTScore (n,), times 100, by roberta-large, which reads English."""
+    """F1 of BERTScore (n,), times 100, by roberta-large. An empty text has 0. Or a str that says
+    why there is none."""
+    letters = regex.findall(r"\p{L}", "".join(references))
+    if sum(letter.isascii() for letter in letters) <= len(letters) / 2:
+        return "its model reads English"
+    rows = [i for i, pair in enumerate(zip(texts, references)) if all(x.strip() for x in pair)]
+    if not rows:
+        return "all texts are empty"
     import bert_score as package
 
     try:
-        _, _, f1 = package.score(texts, references, lang="en")
+        some = [texts[i] for i in rows], [references[i] for i in rows]
+        _, _, f1 = package.score(*some, lang="en")
     except OSError:  # transformers finds no file
         return "roberta-large is not on this machine"
-    return 100 * f1.numpy()
+    scores = np.zeros(len(texts))
+    scores[rows] = 100 * f1.numpy()
+    return scores
 
 
 def mauve(real, features, clusters, rng):

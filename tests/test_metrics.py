@@ -196,10 +196,16 @@ def test_words_are_scored_from_the_one_that_the_prompt_begins_to_the_end():
 def test_rouge_counts_words_of_any_script_and_characters_where_words_have_no_spaces():
     """ROUGE-1: 2 of 3 words, of which the case and the form of an accent do not count."""
     found = metrics.rouge(["a naïve кот", "我喜欢猫", "na"], ["THE nai\u0308ve КОТ", "我喜欢狗狗", "naïve"])
-    assert found["rouge_1"] == pytest.approx([200 / 3, 100 * 2 * 3 / (4 + 5), 0])
-    assert found["rouge_2"][0] == pytest.approx(50)
+    assert [row[0] for row in found] == pytest.approx([200 / 3, 100 * 2 * 3 / (4 + 5), 0])
+    assert found[0][1] == pytest.approx(50)
     crossed = metrics.rouge(["a b c d"], ["a c b d"])
-    assert (crossed["rouge_1"][0], crossed["rouge_l"][0]) == (100, 75)
+    assert (crossed[0][0], crossed[0][2]) == (100, 75)
+
+
+def test_outside_their_domain_likeness_says_why_it_is_absent():
+    assert metrics.rouge(["a"], ["..."]) == "no reference has a word"
+    assert metrics.bert_score(["кот"], ["кот спит"]) == "its model reads English"
+    assert metrics.bert_score([" "], ["a cat"]) == "all texts are empty"
 
 
 def test_bert_score_is_f1_times_100_or_says_what_it_lacks(monkeypatch):
