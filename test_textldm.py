@@ -15,6 +15,7 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -231,6 +232,31 @@ def test_a_dropped_context_is_not_seen(dit, drop):
     loss = flow_loss(dit, batch, z_0, generator(0))
     loss_of_other = flow_loss(dit, batch, other, generator(0))
     assert torch.equal(loss, loss_of_other) == (drop == 1)
+
+
+def test_contexts_are_dropped_at_all_times():
+    """Whether a row has its context does not depend on its time."""
+    dit = make_dit(context_drop=0.5, self_condition=False)
+    seen = []
+
+    def forward(x, segment, t, guess=None, places=None):
+        seen.extend(zip((x[:, 0] == 0).all(-1).tolist(), t.tolist()))
+        return torch.zeros(len(places), V)
+
+    dit.forward = forward
+    flow_loss(dit, example_batch(rows=4), torch.ones(4, N, C), generator(0))
+    for seed in range(50):
+        flow_loss(dit, example_batch(rows=4), torch.ones(4, N, C), generator(seed))
+    times = {drop: [t for is_dropped, t in seen if is_dropped == drop] for drop in (True, False)}
+    assert all(len(some) > 70 for some in times.values())
+    assert abs(np.mean(times[True]) - np.mean(times[False])) < 0.1
+
+
+def test_the_seed_of_a_row_is_of_its_prompt_and_its_number_alone():
+    together = row_seeds([[1], [2], [1]], 0)
+    assert len(set(together)) == 3
+    assert row_seeds([[1], [1]], 0) == [together[0], together[2]]
+    assert row_seeds([[2]], 0) == [together[1]] != row_seeds([[2]], 1)
 
 
 def test_a_dropped_context_is_zero_and_its_target_is_as_ever(dit):

@@ -335,3 +335,17 @@ def test_mean_latents_are_means_over_the_places_of_a_token():
         error = vae.latents(b.tokens, b.segment) - table[b.tokens]
         errors.append(error[b.counted])
     assert unexplained == pytest.approx(torch.cat(errors).square().mean().item(), rel=1e-4)
+
+
+def test_masked_diffusion_reveals_an_equal_share_in_each_step():
+    """Of 4,000 masked tokens the steps of 4 see 4,000, then some 3,000, 2,000 and 1,000."""
+    model = MaskedLM(TransformerConfig(**{**SMALL, "block_size": 4000}))
+    seen = []
+
+    def forward(tokens, is_masked, mask):
+        seen.append(int(is_masked.sum()))
+        return torch.zeros(*tokens.shape, V)
+
+    model.forward = forward
+    unmask(model, [[]], sampling=Sampling(steps=4))
+    assert seen == pytest.approx([4000, 3000, 2000, 1000], abs=150)

@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import variants.cola_dlm
+
 from test_textldm import EOT, C, N, V, all_target, example_batch, generator
 from test_textldm import make_dit, make_vae, same_rows
 from tests.helpers import refuse, script, train, training_options, write_jsonl
@@ -187,6 +189,20 @@ def test_self_conditioning_tells_some_rows_what_a_first_pass_estimated(dit):
     assert not guess.requires_grad
     told = dit(x, segment, t, guess, layout)
     assert not torch.allclose(told[:2, N:], untold[:2, N:], atol=1e-3)
+
+
+def test_blocks_of_training_begin_anywhere(dit, monkeypatch):
+    """In sampling they are counted from the end of a prompt, so the first one may be short."""
+    first = []
+
+    def remember(dit, batch, z_0, context, noise, n_guess):
+        first.append(int((noise.block == 0).sum()))
+        return torch.zeros(4 * N), None, None, None
+
+    monkeypatch.setattr(variants.cola_dlm, "block_denoising_loss", remember)
+    for seed in range(40):
+        block_flow_loss(dit, batch_of_texts(), torch.randn(4, N, C), generator(seed))
+    assert set(first) == set(range(1, b + 1))
 
 
 def test_the_times_of_a_row_are_drawn_apart(dit):

@@ -20,6 +20,10 @@ def test_nanogpt_bins_are_gpt2_streams(tmp_path, monkeypatch):
     batch = corpus.batch(np.random.default_rng(0), 16, 32)
     assert (batch.tokens.diff(dim=1) == 1).all() and batch.counted.all()
     assert len(set(batch.tokens[:, 0].tolist())) > 8
+    # A window begins a text wherever it is, so a tenth of the rows have no context.
+    assert {corpus.stretch(np.random.default_rng(i), 32)[1] for i in range(9)} == {True}
+    whole = corpus.batch(np.random.default_rng(0), 400, 32).segment.all(dim=1)
+    assert 20 < whole.sum() < 75
 
 
 def test_a_row_is_a_document_cut_in_two_and_a_tail(home):

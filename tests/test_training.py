@@ -431,6 +431,25 @@ def test_a_checkpoint_says_what_it_is(whole):
     assert stage.keeps_latest <= (state["step"] == 4)
 
 
+def test_what_is_judged_is_the_average(whole, inputs, tmp_path):
+    """An average that is always zero changes the evaluations, and not the steps."""
+    stage, out = whole
+
+    def forget(average, model, step):
+        for p in average.parameters():
+            p.data.zero_()
+
+    with pytest.MonkeyPatch.context() as m:
+        make_quick(m)
+        m.setattr(engine.train, "update_average", forget)
+        run_stage(stage, inputs, tmp_path)
+    lines, undisturbed = [lines_of(folder, stage.name) for folder in (tmp_path, out)]
+    is_equal = {key: set() for key in ("val", "norm")}
+    for line, other in zip(lines, undisturbed):
+        is_equal["val" if "val" in line else "norm"].add(line == other)
+    assert is_equal == dict(norm={True}, val={not stage.has_average})
+
+
 def test_losses_draw_from_the_generator_of_their_micro_batch_alone(whole, inputs, tmp_path):
     """Another global seed changes nothing after the first step began."""
     stage, out = whole
