@@ -77,6 +77,17 @@ def test_gamma_scales_what_diffusion_tells_the_encoder_and_nothing_else():
             assert torch.equal(half[name], full[name]), name
 
 
+def test_gamma_grows_from_0_to_088_in_the_warm_up():
+    """By hand: 1 / (1 + e^8), then 1 / (1 + e^-2)."""
+    model = make_ldlm(encoder_warmup=40)
+    found = []
+    for step in (0, 40):
+        model.zero_grad()
+        joint_loss(model, example_batch(), step, generator(3))["diffusion"].backward()
+        found.append(model.encoder.first.weight.grad.norm().item())
+    assert found[0] / found[1] == pytest.approx(0.000335 / 0.8808, rel=0.01)
+
+
 @pytest.mark.parametrize("hidden_mse", [True, False])
 def test_tokens_do_not_shape_the_latents_where_hidden_states_do(hidden_mse):
     model, other = make_ldlm(hidden_mse=hidden_mse), make_ldlm(hidden_mse=hidden_mse)
@@ -345,6 +356,9 @@ def test_a_collapse_of_the_latents_is_described():
     described = variants.ldlm.describe_latents(model, batch)
     z = model.latents(batch.tokens, batch.segment)[batch.counted]
     assert described.startswith(f"latents: {z.var(0).mean():.2f} of their variance")
+    p = torch.bincount(batch.tokens[batch.counted]) / batch.counted.sum()  # without tails
+    real = -p[p > 0] @ p[p > 0].log()
+    assert described.endswith(f"(of val rows {real:.2f})")
     for p in model.encoder.parameters():
         p.data.zero_()
     model.encoder.last.bias.data = torch.arange(float(C))
