@@ -229,3 +229,10 @@ def test_a_completion_of_many_tokens_leaves_room_for_the_text(random_models, kin
     (prompt,) = writer.encode([" greek small letter" * 9 + " ☕☕☕☕☕☕☕☕☕☕"], length)
     (ids,) = writer.write([prompt], length, Sampling(3, seed=[0]))
     assert 1 <= len(ids) <= max(length, writer.block_size)
+
+
+def test_tokens_that_fit_a_rest_cover_it_or_are_the_longest_that_it_begins_with():
+    writer = Writer("gpt", None, dict(eot=6), 16)
+    writer.token_bytes = [b"a", b"al", b"alp", b"alpha", b"alphabet", b"b"]
+    assert writer.fitting(b"alph").tolist() == [False, False, True, True, True, False, False]
+    assert writer.fitting(b"b").tolist() == [False] * 5 + [True, False]
