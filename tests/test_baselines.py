@@ -349,3 +349,13 @@ def test_masked_diffusion_reveals_an_equal_share_in_each_step():
     model.forward = forward
     unmask(model, [[]], sampling=Sampling(steps=4))
     assert seen == pytest.approx([4000, 3000, 2000, 1000], abs=150)
+
+
+def test_a_nucleus_is_drawn_by_the_probabilities_that_it_has_left(monkeypatch):
+    """Of 0.5, 0.3 and 0.2 the nucleus of 0.7 has the first two: 0.625 and 0.375."""
+    logits = torch.full((V,), -torch.inf)
+    logits[:3] = torch.tensor([0.3, 0.5, 0.2]).log()
+    monkeypatch.setattr("baselines.gpt.next_logits", lambda gpt, rows: logits.expand(len(rows), -1))
+    texts = generate(make_gpt(), [[]] * 3000, 1, top_p=0.7)
+    share = [sum(text == [token] for text in texts) / 3000 for token in range(3)]
+    assert share == pytest.approx([0.375, 0.625, 0], abs=0.03)
