@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -449,3 +450,16 @@ def test_docs_are_paragraphs_of_packages_each_once(tmp_path, monkeypatch):
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     expected = ["The first paragraph is here.", "The second paragraph is here."]
     assert list(docs()) == expected
+
+
+def test_each_command_for_a_gpu_has_options_of_its_script(tmp_path):
+    """The scripts that train have the folder of this corpus, and sample.py has no --data."""
+    tokens = dict(train=10**7, val=10**5)
+    meta = dict(tokens=tokens, layout="stream", encoding="gpt2", longest=99)
+    text = load("data/prepare.py").next_commands(tmp_path / "owt2", meta)
+    found = re.findall(r"python (?:\S*/)?(\w+\.py) (.*)", text)
+    names = {script: re.findall(r"--(?:no-)?(\w+)", options) for script, options in found}
+    assert list(names) == ["train_vae.py", "train_dit.py", "sample.py"]
+    for script, options in names.items():
+        assert ("data" in options) == (script != "sample.py")
+    assert f"--data={tmp_path}/owt2" in found[0][1]
