@@ -380,9 +380,11 @@ def test_the_home_folder_has_a_short_name_in_all_paths(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     sample_config = load("sample.py").SampleConfig
     vae_config = load("train_vae.py").VAEStage
-    paths = ("data", "out", "vae", "teacher", "model", "gpt", "prompts", "output")
+    judge_config = load("bench/evaluate.py").EvalConfig
+    paths = ["data", "out", "vae", "teacher", "model", "gpt", "prompts", "output"]
+    paths += ["benchmark", "evaluator"]
     found = {}
-    for config_type in (TrainConfig, sample_config, vae_config):
+    for config_type in (TrainConfig, sample_config, vae_config, judge_config):
         names = [name for name in paths if hasattr(config_type, name)]
         monkeypatch.setattr(sys, "argv", ["x", *(f"--{name}=~/some" for name in names)])
         (config,) = command_line("", config_type)
