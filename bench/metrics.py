@@ -191,7 +191,7 @@ class TrainingText:
         text = self.encoding.decode(self.tokens[: 2**24].tolist())
         self.texts = text.split("<|endoftext|>")
         self.words = set(words_of(" ".join(self.texts)))
-        self.documents = set(self.texts)
+        self.documents = set(self.texts) - {""}  # a text that says nothing is no copy
 
 
 def copied(texts, prompts, training):

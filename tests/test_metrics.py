@@ -148,6 +148,7 @@ def test_the_training_text_is_train_and_not_val(home):
     corpus = Corpus(home / "data", "val", 64)
     training = metrics.TrainingText(corpus)
     assert training.tokens.tolist() == Corpus(home / "data", "train", 64).tokens.tolist()
+    assert "" not in training.documents, "a text that says nothing is no copy"
     assert len(training.documents) > 100 and "letter" in training.words
     val = corpus.encoding.decode(corpus.tokens[:50].tolist()).split("<|endoftext|>")[0]
     assert val not in training.documents
