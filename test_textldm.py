@@ -556,10 +556,11 @@ def test_half_of_the_rows_are_told_a_first_estimate(told_dit):
         return real(x, segment, t, guess, places=places)
 
     told_dit.forward = forward
-    flow_loss(told_dit, example_batch(rows=5), torch.randn(5, N, C), generator(0))
-    first, second = told
-    assert first.tolist() == [False] * 3
-    assert second.tolist() == [True] * 3 + [False] * 2
+    for seed in (0, 1):
+        flow_loss(told_dit, example_batch(rows=5), torch.randn(5, N, C), generator(seed))
+        first, second = told[-2:]
+        assert first.tolist() == [False] * (2 + seed)
+        assert second.tolist() == [True] * (2 + seed) + [False] * (3 - seed)
 
 
 def test_without_self_conditioning_nothing_is_told(told_dit):
@@ -603,7 +604,7 @@ def test_no_step_waits_for_a_gpu(vae, dit, monkeypatch):
     z_0 = vae.latents(batch.tokens, batch.segment)
     losses = [
         vae(batch, teacher_features(teacher, batch.tokens))["loss"],
-        flow_loss(dit, batch, z_0, None),
+        flow_loss(dit, batch, z_0, torch.Generator()),
         cross_entropy(teacher(batch.tokens), batch.tokens).mean(),
     ]
     sum(losses).backward()

@@ -20,10 +20,9 @@ Shapes   B rows in a batch     N tokens in a row       V tokens in the vocabular
 Time     t = 1 is noise and t = 0 is data. The path between them is straight:
          z_t = (1 - t) z_0 + t eps. Its velocity is dz_t/dt = eps - z_0.
 Latents  TextVAE computes with raw ones. Its method `latents` returns, and `to_tokens` takes,
-         standardised ones: active channels have mean 0 and std 1. Others see only those.
-Recipe   Defaults in this file are the paper's where it states a value; depth and width are our
-         choice. The scripts run smaller networks, with the departures in the dict OURS, and sample
-         otherwise: docs/deviations.md has a table of the values that run.
+         standardised ones: active channels have mean 0 and std 1. All other code sees only those.
+Recipe   Defaults are the paper's where it states a value; depth and width are our choice. The
+         scripts run smaller networks with the departures in OURS: docs/deviations.md has a table.
 Tags     `unspecified:` the paper is silent. `deviation:` a departure that no option undoes.
 
 [TextLDM] Jiang et al. 2026, arXiv 2605.07748    [VAE]  Kingma, Welling 2013, arXiv 1312.6114
@@ -45,33 +44,26 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# Our departures from the paper, each with its reason. The scripts apply them, and --recipe=paper
-# leaves them out. docs/deviations.md says what each is worth.
+# Our departures from the paper, which --recipe=paper leaves out. docs/deviations.md measures them.
 OURS = dict(
-    # The DiT is told the time: it need not infer it from the noise.
-    adaln=True,
-    # REPA aligns the latents, as in [VA-VAE], for these are what the DiT sees. With the paper's
-    # weight of 1 they were aligned too little.
+    adaln=True,  # the DiT is told the time, and need not infer it from the noise
+    # REPA aligns the latents, as in [VA-VAE]: the DiT sees these. A weight of 1 aligned too little.
     repa_latents=True,
     repa=4.0,
-    # The DiT predicts the token, and the velocity follows from it, as in [CDCD].
-    predict_tokens=True,
-    # The DiT is told its estimate of the previous step, so that tokens can agree [AB].
-    self_condition=True,
-    # The DiT's blocks are initialised from the VAE decoder's, which read clean latents already
-    # (train_dit.py). The gates of adaLN still start at 0, so these blocks come in as gates open.
+    predict_tokens=True,  # the DiT predicts the token; the velocity follows from it, as in [CDCD]
+    self_condition=True,  # it is told its estimate of the previous step: tokens can agree [AB]
+    # The DiT's blocks are initialised from the VAE decoder's, which read clean latents already.
+    # The gates of adaLN still start at 0, so these blocks come in as gates open.
     from_decoder=True,
     # Training and sampling spend more of their times near noise, where tokens are decided.
     t_mean=0.8,
     t_std=1.0,
-    # [Muon] trains the matrices of blocks instead of AdamW: the loss falls faster per step. (Not of
-    # the small VAE: engine/config.py.)
-    muon=True,
+    muon=True,  # [Muon] trains the matrices of blocks: the loss falls faster than with AdamW
 )
 
 CONTEXT, TARGET, PADDING = 0, 1, 2  # values of `segment`; only sampling needs padding
-# unspecified: the weight of each token of the tail in the losses. Tails would outnumber the text.
-# They are end-of-texts, so this also makes P(end of text) too low (docs/deviations.md).
+# unspecified: the weight of a token of the tail in the losses. (The first end-of-text is no tail.)
+# Tails would outnumber the text. This makes P(end of text) too low, as docs/deviations.md says.
 TAIL_WEIGHT = 0.1
 
 
@@ -79,17 +71,20 @@ class Batch(NamedTuple):
     """Rows of training data. Losses are means over tokens, weighted by `weight`."""
     tokens: torch.Tensor  # (B, N)
     segment: torch.Tensor  # (B, N): CONTEXT or TARGET
-    weight: torch.Tensor  # (B, N): TAIL_WEIGHT in the tail, else 1
+    weight: torch.Tensor  # (B, N): TAIL_WEIGHT in the tail, else 1 (in a variant also 0)
     targets: torch.Tensor  # (T,): indices of targets among the B * N tokens
 
     @property
     def counted(self):
-        """(B, N): False in the tail. Reports are means over counted tokens."""
-        return self.weight == 1
+        return self.weight == 1  # (B, N): False in the tail; reports are means over counted tokens
+
+    def at_targets(self, x):
+        """x (B, N, ...) -> its targets (T, ...)"""
+        return x.flatten(0, 1).index_select(0, self.targets)
 
 
 def make_batch(tokens, segment, weight):
-    """A Batch of CPU tensors (B, N): on a GPU nonzero() would make the CPU wait."""
+    """A Batch of CPU tensors (B, N). (On a GPU nonzero() would make the CPU wait.)"""
     targets = (segment.flatten() == TARGET).nonzero()[:, 0]
     return Batch(tokens, segment, weight, targets)
 
@@ -110,9 +105,8 @@ class TransformerConfig:
     vocab_size: int = 50257  # V; set from the corpus
 
     def __post_init__(self):
-        E, H = self.n_embd, self.n_head
-        if E % (2 * H):  # rotary: D must be even
-            raise ValueError(f"n_embd={E} is not a multiple of 2 * n_head={H}")
+        if self.n_embd % (2 * self.n_head):  # rotary: D must be even
+            raise ValueError(f"n_embd={self.n_embd} is not a multiple of 2 * n_head={self.n_head}")
 
     @property
     def end_of_text(self):
@@ -127,8 +121,8 @@ def rotary(position, D):
 
 
 def rotate(x, turn):
-    """Turns pairs of the D numbers of x (..., N, D) by the angles of `rotary`. So positions enter
-    the product of query and key by their difference."""
+    """Turns pairs of the D numbers of x (..., N, D) by the angles of `rotary`. So the product of a
+    query and a key sees the difference of their positions."""
     cos, sin = turn
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
@@ -152,7 +146,7 @@ class Attention(nn.Module):
         return q, k, v
 
     def attend(self, q, k, v, mask=None, causal=False):
-        """-> (B, N, E). mask (B, 1, N, N) or (B, 1, 1, N): True where a query may see a key."""
+        """-> (B, N, E). mask (B or 1, 1, N or 1, N): True where a query may see a key."""
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
@@ -198,7 +192,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks with rotary positions, and a last norm: encoder, decoder, core of the DiT."""
+    """Blocks with rotary positions, and a last norm: encoder, decoder, core of the DiT. So unlike
+    [DiT]'s the norms have weights, and the last one is not told the time."""
 
     def __init__(self, config, adaln=False):
         super().__init__()
@@ -245,11 +240,10 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        E = config.n_embd
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(E)
-        self.wte = nn.Embedding(config.vocab_size, E)
-        self.wpe = nn.Embedding(config.block_size, E)
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
         for block in self.h:
             block.mlp.gelu = nn.GELU("tanh")  # as in GPT-2; on CPUs the exact GELU is faster
         init_weights(self)
@@ -273,7 +267,7 @@ def teacher_features(teacher, tokens):
     (B, N, E_teacher) for tokens (B, N). N is below the teacher's block_size.
     unspecified: the teacher reads an end-of-text token first, because a causal model's state at the
     first position is larger than others (of GPT-2 by far). It reads whole rows, so a target's
-    features know the context. The paper's teacher is Qwen3-1.7B, whose tokens its VAE shares."""
+    features know the context."""
     tokens = F.pad(tokens, (1, 0), value=teacher.config.end_of_text)
     third_to_last = max(teacher.config.n_layer - 2, 1)
     return teacher.hidden_states(tokens, third_to_last)[:, 1:]
@@ -282,10 +276,9 @@ def teacher_features(teacher, tokens):
 # ---- 3. The VAE: tokens to latents and back, aligned to the teacher by REPA ----------------------
 
 def same_segment(segment):
-    """The VAE's mask (B, 1, N, N): a token sees the tokens of its own segment.
-    Context and target do not see each other. Otherwise the encoder, which reads both ways, would
-    leak the target into the context's latents (section 3.2 of [TextLDM]). One pass with this mask
-    equals two separate passes, because rotary attention sees position differences only."""
+    """The VAE's mask (B, 1, N, N): a token sees its own segment. Otherwise the encoder, which reads
+    both ways, would leak the target into the context's latents (section 3.2 of [TextLDM]). One pass
+    with this mask equals two separate ones, because rotary attention sees distances only."""
     return (segment[:, :, None] == segment[:, None, :])[:, None]
 
 
@@ -319,8 +312,8 @@ class TextVAE(nn.Module):
             self.to_teacher = nn.Linear(width, config.teacher_embd)
         init_weights(self)
         # Statistics of training data: z's by `standardise`, the teacher's by train_vae.py.
-        # unspecified: the scale of latents. Of the losses only the KL sees it: cross-entropy and
-        # cosine do not. So it comes near 1, the scale of noise, slowly and not exactly.
+        # unspecified: the scale of latents. It should be 1, the scale of noise. The KL alone pulls
+        # it there, slowly and not exactly. So it is measured, and divided by.
         self.register_buffer("z_mean", torch.zeros(C))
         self.register_buffer("z_std", torch.ones(C))
         self.register_buffer("teacher_mean", torch.zeros(config.teacher_embd))
@@ -343,11 +336,10 @@ class TextVAE(nn.Module):
 
     def alignment(self, mu, h, features):
         """REPA [REPA]: the cosine (B, N) between the projected student and the teacher's features
-        (B, N, E_teacher).
-        The paper's student is h (B, N, E). `to_posterior` may discard what is aligned there. Our
-        student is mu (B, N, C), which the DiT will see. deviation: the features are standardised.
-        In GPT-2 a few huge, nearly constant dimensions give any two tokens a cosine near 2/3. (Of
-        the default teacher, a small GPT of ours, any two have less than 0.1.)"""
+        (B, N, E_teacher). The paper's student is h (B, N, E). `to_posterior` may discard what is
+        aligned there. Our student is mu (B, N, C), which the DiT will see.
+        deviation: the features are standardised. In GPT-2 a few huge, nearly constant dimensions
+        give any two tokens a cosine near 2/3. (In the small GPT of the scripts: below 0.1.)"""
         student = self.to_teacher(mu if self.config.repa_latents else h).float()
         teacher = (features.float() - self.teacher_mean) / self.teacher_std
         return F.cosine_similarity(student, teacher.detach(), dim=-1)
@@ -379,9 +371,9 @@ class TextVAE(nn.Module):
 
     @torch.no_grad()
     def standardise(self, batches):
-        """Measures mean and std of each channel, over counted tokens of batches, for `latents` and
-        `to_tokens`. Returns the number of active channels: their mu has a variance above 0.01.
-        The others carry nothing. They are not rescaled: a tiny std would blow up their noise."""
+        """Measures mean and std of each channel over counted tokens of batches. Returns the number
+        of active channels: their mu has a variance above 0.01. The others carry nothing. They are
+        not rescaled: a tiny std would blow up their noise."""
         found = [self.posterior(b.tokens, b.segment)[0][b.counted] for b in batches]
         mu = torch.cat(found).cpu().double()  # (tokens, C)
         is_active = mu.var(0) > 0.01  # (C,)
@@ -440,14 +432,12 @@ class TextDiT(nn.Module):
     def times(self, u):
         """Probabilities u in [0, 1] -> quantiles of a logit-normal distribution (3.1 of [SD3]).
         Training draws u at random. The sampler takes equal steps in u, so its steps are small where
-        the network was trained most (section 3.2 of [TextLDM]). u = 0 and 1 give exactly t = 0 and
-        1. With t_mean 0.8 and t_std 1 the last of 20 steps is long: from t = 0.30 to 0."""
+        the network was trained most (section 3.2 of [TextLDM]). u = 0 and 1 give t = 0 and 1."""
         normal = 2**0.5 * torch.erfinv(2 * u - 1)
         return torch.sigmoid(self.config.t_mean + self.config.t_std * normal)
 
     def time_embedding(self, t):
-        """t (B,) -> (B, 1, E): sinusoids as in [DiT], of 1000 t; unscaled, t in [0, 1] would
-        hardly change them."""
+        """t (B,) -> (B, 1, E): sinusoids as in [DiT], of 1000 t; those of t would hardly change."""
         half = self.config.n_embd // 2
         frequency = 10000 ** (-torch.arange(half, device=t.device) / half)  # (E/2,)
         angle = 1000 * t[:, None, None] * frequency  # (B, 1, E/2)
@@ -457,8 +447,8 @@ class TextDiT(nn.Module):
         """x (B, N, C): noisy latents of the target at times t (B,); clean ones of the context, or
         zeros if the context is dropped. segment (B, N) tells them apart. guess (B, N, C): a former
         estimate of the targets' z_0; None is as zeros. mask (B, 1, 1, N) is False at padding.
-        Returns velocities (B, N, C) or logits (B, N, V). With places (T,), indices among the B * N
-        tokens, it returns only those, (T, C) or (T, V), which is faster."""
+        Returns velocities (B, N, C) or logits (B, N, V); with places (T,), indices among the B * N
+        tokens, only theirs: (T, C) or (T, V)."""
         is_target = segment == TARGET  # (B, N); padding is masked
         h = self.from_latent(x) + self.segment_emb(is_target.long())  # (B, N, E)
         if self.config.self_condition and guess is not None:
@@ -472,15 +462,14 @@ class TextDiT(nn.Module):
             return self.to_output(h).float()
         # T is rounded up to a multiple of 128: CPU libraries compile for each new size.
         T = len(places)
-        places = F.pad(places, (0, -T % 128))
+        places = F.pad(places, (0, -T % 128))  # more of place 0, cut off again below
         h = h.flatten(0, 1).index_select(0, places)
         return self.to_output(h).float()[:T]
 
     def loss(self, output, tokens, z_0, eps):
         """The loss (T,) of outputs (T, ...) for targets: their tokens (T,), z_0 and eps (T, C)."""
-        if not self.config.predict_tokens:
-            v = output  # the paper's objective: the velocity (Eq. 5)
-            return (v - (eps - z_0)).square().mean(-1)
+        if not self.config.predict_tokens:  # the paper's objective: the velocity (Eq. 5)
+            return (output - (eps - z_0)).square().mean(-1)
         # ours: logits of p(token | z_t, context), so a cross-entropy, in nats; see `estimate`
         return F.cross_entropy(output, tokens, reduction="none")
 
@@ -491,7 +480,7 @@ class TextDiT(nn.Module):
             return z_t - t * output  # z_t - t v, as z_t = z_0 + t v
         # E[z_0 | z_t] is the sum over tokens of p(token | z_t) E[z_0 | token, z_t]. We take
         # E[z_0 | token] for the last factor, as [CDCD] takes embeddings ("score interpolation").
-        # So without guidance a sample ends in their convex hull.
+        # So without guidance a sample ends in the convex hull of these V vectors.
         logits = output / max(temperature, 1e-4)  # (..., V)
         # in fp32, because guidance takes differences of estimates
         with torch.autocast(output.device.type, enabled=False):
@@ -503,7 +492,7 @@ class TextDiT(nn.Module):
 def denoising_loss(dit, batch, z_0, t, eps, n_guess=0):
     """Noises the targets of a batch, and measures how well the DiT recovers them.
     z_0 (B, N, C): clean latents, zeros for a dropped context. t (B,): times. eps (B, N, C): noise.
-    Returns, for the targets, the loss (T,), the output (T, V) or (T, C), z_t (T, C) and t (T, 1).
+    Returns of the targets the loss (T,), the output (T, V) or (T, C), z_t (T, C) and t (T, 1).
     Self-conditioning [AB]: the first n_guess rows are told what a first pass estimates. The others
     are told zeros, as in the first step of the sampler."""
     B, N, C = z_0.shape
@@ -513,18 +502,13 @@ def denoising_loss(dit, batch, z_0, t, eps, n_guess=0):
     x = torch.where(is_target, z_t, z_0)  # (B, N, C): the context stays clean
     guess = torch.zeros_like(x)  # (B, N, C)
     if dit.config.self_condition and n_guess:
-        n = n_guess
+        first = slice(n_guess)
         with torch.no_grad():
-            output = dit(x[:n], batch.segment[:n], t[:n])
-            guess[:n] = dit.estimate(output, z_t[:n], t_of[:n])
+            output = dit(x[first], batch.segment[first], t[first])
+            guess[first] = dit.estimate(output, z_t[first], t_of[first])
     output = dit(x, batch.segment, t, guess, places=batch.targets)  # (T, V) or (T, C)
-
-    def at_targets(x):
-        """(B, N, ...) -> (T, ...)"""
-        return x.flatten(0, 1).index_select(0, batch.targets)
-
-    loss = dit.loss(output, at_targets(batch.tokens), at_targets(z_0), at_targets(eps))
-    return loss, output, at_targets(z_t), at_targets(t_of)
+    tokens, z_0, eps, z_t, t_of = map(batch.at_targets, (batch.tokens, z_0, eps, z_t, t_of))
+    return dit.loss(output, tokens, z_0, eps), output, z_t, t_of
 
 
 def flow_loss(dit, batch, z_0, generator):
@@ -534,13 +518,11 @@ def flow_loss(dit, batch, z_0, generator):
     u = torch.rand(2, B, generator=generator, device=z_0.device)
     eps = torch.randn(z_0.shape, generator=generator, device=z_0.device)  # (B, N, C)
     t = dit.times(u[0])  # (B,)
-    is_dropped = u[1] < dit.config.context_drop
-    is_hidden = is_dropped[:, None] & (batch.segment == CONTEXT)  # (B, N)
+    is_hidden = (u[1] < dit.config.context_drop)[:, None] & (batch.segment == CONTEXT)  # (B, N)
     z_0 = z_0.masked_fill(is_hidden[..., None], 0)
-    n_guess = (B + 1) // 2  # half of the rows
+    n_guess = (B + generator.initial_seed() % 2) // 2  # half of the rows; of one: at random
     loss, _, _, _ = denoising_loss(dit, batch, z_0, t, eps, n_guess)
-    weight = batch.weight.flatten()[batch.targets]  # (T,)
-    return weighted_mean(loss, weight)
+    return weighted_mean(loss, batch.at_targets(batch.weight))
 
 
 @dataclass(frozen=True)
@@ -556,12 +538,12 @@ def guided_estimate(dit, z, t, guess, segment, sampling):
     """Classifier-free guidance [CFG]: e_u + w (e_c - e_u), where e_c (B, N, C) is the estimate of
     z_0 with context and e_u the one without, for rows z (B, N, C) at a scalar time t. (The w of
     [CFG] is one less.) The velocity is affine in the estimate, so this guides it.
-    Ours, where the DiT predicts tokens: e_u gets no guess either. So w scales what the guess adds,
-    too, and also guides a row without a prompt [ELF]. Here e_c and e_u are means of latents of
-    tokens, so both are bounded. LDLM's are not, and would run away: there e_u gets the guess."""
+    Ours, where the DiT predicts tokens: e_u gets zeros for its guess [ELF]. So w scales what the
+    guess adds, too, also in a row without a prompt. Where it does not, both get the guess: such
+    estimates (LDLM's) are unbounded, and would run away."""
     w = sampling.cfg_scale
     is_guided = w != 1
-    if is_guided:  # copy 2 has no context
+    if is_guided:  # the second copy of the rows has no context
         is_target = (segment == TARGET)[..., None]
         z = torch.cat((z, torch.where(is_target, z, 0.0)))  # (2 B, N, C)
         guess_u = torch.zeros_like(guess) if dit.config.predict_tokens else guess
@@ -578,10 +560,10 @@ def guided_estimate(dit, z, t, guess, segment, sampling):
 
 def denoise(dit, z, segment, sampling, callback=None):
     """Euler's method from t = 1 to t = 0. z (B, N, C) holds the latents of the context and noise
-    for the target. Returns z with the latents of the target: the estimate of the last step.
-    A step takes the estimate and the noise that it implies to the point of their path at t_next:
-    z + (t_next - t) v. The estimate is the next step's guess. (In training a guess is not guided,
-    and is of the same t.) callback(t_next, guess) sees it, and the time that the step reaches."""
+    for the target. Returns z with the latents of the target.
+    With v = eps - guess a step is z + (t_next - t) v. At t_next = 0 it gives the guess exactly. The
+    estimate is the next step's guess. (In training a guess is not guided, and is of the same t.)
+    callback(t_next, guess) sees it, and the time that the step reaches."""
     u = torch.linspace(1, 0, sampling.steps + 1)
     times = dit.times(u).to(z.device)  # (steps + 1,)
     is_target = (segment == TARGET)[..., None]
@@ -599,17 +581,12 @@ def denoise(dit, z, segment, sampling, callback=None):
 def rows_of(prompts, length, block_size, end_of_text):
     """tokens and segment (B, N): each row is a prompt (a list of ids, maybe empty), then room for
     `length` tokens (0: up to block_size). Padding evens their lengths."""
-    N = block_size
-    if length:
-        N = max(len(prompt) for prompt in prompts) + length
-    tokens = torch.full((len(prompts), N), end_of_text)
-    segment = torch.full_like(tokens, PADDING)
-    for i, prompt in enumerate(prompts):
-        P = len(prompt)
-        end = P + length if length else N
-        tokens[i, :P] = torch.tensor(prompt, dtype=torch.long)
-        segment[i, :P] = CONTEXT
-        segment[i, P:end] = TARGET
+    P = torch.tensor([[len(prompt)] for prompt in prompts])  # (B, 1)
+    end = P + length if length else torch.full_like(P, block_size)
+    place = torch.arange(int(end.max()))  # (N,)
+    segment = torch.where(place < P, CONTEXT, torch.where(place < end, TARGET, PADDING))
+    tokens = torch.full_like(segment, end_of_text)
+    tokens[segment == CONTEXT] = torch.tensor(sum(prompts, []), dtype=torch.long)
     return tokens, segment
 
 
@@ -626,8 +603,7 @@ def texts_of(tokens, segment, end_of_text):
 
 def row_seeds(prompts, seed):
     """A seed for each row: a hash of `seed`, its prompt, and how many equal prompts stand before
-    it. So a text does not depend on other prompts. `seed` may be a list, with one for each row.
-    They have 32 bits, as torch's CPU generators use no more: of many rows two may share noise."""
+    it. So a text does not depend on other prompts. `seed` may be a list, with one for each row."""
     if not isinstance(seed, int):
         return list(seed)
     seeds = []
@@ -645,15 +621,16 @@ def noisy_rows(vae, dit, prompts, length=0, sampling=Sampling()):
     follows them, and the segment (B, N). The noise of a row is from a CPU generator of its own, so
     neither the device nor other rows change it."""
     config, device = dit.config, dit.from_latent.weight.device
-    tokens, segment = rows_of(prompts, length, config.block_size, config.end_of_text)  # (B, N)
-    is_target = (segment == TARGET)[..., None]
-    eps = torch.zeros(*segment.shape, config.channels)  # (B, N, C)
-    for row, kind, seed in zip(eps, segment, row_seeds(prompts, sampling.seed), strict=True):
-        n = int((kind == TARGET).sum())
+    rows = rows_of(prompts, length, config.block_size, config.end_of_text)
+    tokens, segment = (x.to(device) for x in rows)  # (B, N) each
+    is_target = segment == TARGET
+    eps = []
+    for n, seed in zip(is_target.sum(1), row_seeds(prompts, sampling.seed), strict=True):
         generator = torch.Generator().manual_seed(seed)
-        row[kind == TARGET] = torch.randn(n, config.channels, generator=generator)
-    tokens, segment, is_target, eps = (x.to(device) for x in (tokens, segment, is_target, eps))
-    return torch.where(is_target, eps, vae.latents(tokens, segment)), segment
+        eps.append(torch.randn(int(n), config.channels, generator=generator))
+    z = vae.latents(tokens, segment)  # (B, N, C)
+    z[is_target] = torch.cat(eps).to(z)
+    return z, segment
 
 
 @torch.no_grad()
@@ -664,8 +641,7 @@ def continue_texts(vae, dit, prompts, length=0, sampling=Sampling(), callback=No
     z, segment = noisy_rows(vae, dit, prompts, length, sampling)  # (B, N, C), (B, N)
 
     def decode(z):
-        tokens = vae.to_tokens(z, segment)
-        return texts_of(tokens, segment, dit.config.end_of_text)
+        return texts_of(vae.to_tokens(z, segment), segment, dit.config.end_of_text)
 
     def show(t, guess):
         callback(float(t), decode(guess))

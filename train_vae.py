@@ -4,7 +4,7 @@
     python train_vae.py --data=data/owt2 --preset=small --teacher=gpt2 --out=out/owt2
 
 Watch `accuracy`: it should pass 98% of the validation tokens. `active` counts the channels in use.
-`cos` is REPA's cosine between latents and the teacher's features.
+`cos` is REPA's cosine with the teacher's features.
 """
 
 import hashlib

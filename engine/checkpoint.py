@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 
-from engine.config import make_config
+from engine.config import UserError, make_config
 from engine.corpus import BROKEN, GPT2
-from engine.config import UserError
 
 # What load_gpt_state downloads, and the layers and widths of these.
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")

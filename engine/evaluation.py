@@ -33,10 +33,10 @@ class Evaluation:
 
     def __init__(self, batch, channels, corpus):
         self.batch, self.corpus = batch, corpus
-        B, N = batch.tokens.shape
         generator = torch.Generator().manual_seed(0)
-        self.eps = torch.randn(B, N, channels, generator=generator).to(batch.tokens.device)
-        self.cuts = (batch.segment == CONTEXT).sum(1).tolist()
+        shape = (*batch.tokens.shape, channels)  # (B, N, C)
+        self.eps = torch.randn(shape, generator=generator).to(batch.tokens.device)
+        self.cuts = (batch.segment == CONTEXT).sum(1).tolist()  # where the contexts of rows end
         lengths = batch.counted.sum(1).tolist()
         self.others = rows_with_other_contexts(self.cuts, lengths)
 
@@ -45,8 +45,24 @@ class Evaluation:
         """A dict of the table and of its mean loss, and a text of the table and four samples.
 
         vae: what has `latents` and `to_tokens`."""
+        table = table_by_time(vae, dit, self.batch, self.denoiser(vae, dit))
+        longest = self.corpus.N // 2
+        prompts = []
+        for row, cut in zip(self.batch.tokens[:4], self.cuts):
+            prompts.append(row[: min(cut, longest)].tolist())
+        scale = 3.0 if dit.config.context_drop else 1.0
+        sampling = Sampling(steps=20, cfg_scale=scale, temperature=0.7)
+        lines = ["".join(f"{name:>11}" for name in table[0])]
+        for row in table:
+            lines.append("".join(f"{value:11.4f}" for value in row.values()))
+        texts = self.write(vae, dit, prompts, sampling)
+        lines += lines_of_samples(self.corpus.encoding, self.corpus.eot, prompts, texts)
+        loss = sum(row["loss"] for row in table) / len(table)
+        return dict(loss=loss, table=table), "\n".join(lines)
+
+    def denoiser(self, vae, dit):
+        """`denoise` for table_by_time."""
         batch = self.batch
-        B, N = batch.tokens.shape
         is_context = batch.segment == CONTEXT  # (B, N)
         z_0 = vae.latents(batch.tokens, batch.segment)  # (B, N, C)
         # The context of another row is encoded in the place of the row's own.
@@ -56,29 +72,12 @@ class Evaluation:
 
         def denoise(t, is_shuffled):
             z = z_shuffled if is_shuffled else z_0
-            return denoising_loss(dit, batch, z, t.expand(B), self.eps, n_guess=B)
+            return denoising_loss(dit, batch, z, t.expand(len(z)), self.eps, n_guess=len(z))
 
-        table = table_by_time(vae, dit, batch, batch.counted, denoise)
-        prompts = [row[:cut].tolist() for row, cut in zip(batch.tokens[:4], self.cuts)]
+        return denoise
 
-        def write(prompts, sampling):
-            return continue_texts(vae, dit, prompts, N // 2, sampling)
-
-        return summary(table, self.corpus, dit.config, prompts, write)
-
-
-def summary(table, corpus, config, prompts, write):
-    """A dict of a table by time and of its mean loss, and a text of the table and of what
-    write(prompts, sampling) continues. prompts: lists of ids, cut to half a row."""
-    scale = 3.0 if config.context_drop else 1.0
-    sampling = Sampling(steps=20, cfg_scale=scale, temperature=0.7)
-    prompts = [prompt[: corpus.N // 2] for prompt in prompts]
-    lines = ["".join(f"{name:>11}" for name in table[0])]
-    for row in table:
-        lines.append("".join(f"{value:11.4f}" for value in row.values()))
-    lines += lines_of_samples(corpus.encoding, corpus.eot, prompts, write(prompts, sampling))
-    loss = sum(row["loss"] for row in table) / len(table)
-    return dict(loss=loss, table=table), "\n".join(lines)
+    def write(self, vae, dit, prompts, sampling):
+        return continue_texts(vae, dit, prompts, self.corpus.N // 2, sampling)
 
 
 def rows_with_other_contexts(needed, lengths):
@@ -99,14 +98,13 @@ def rows_with_other_contexts(needed, lengths):
 
 
 @torch.no_grad()
-def table_by_time(space, dit, batch, counted, denoise):
+def table_by_time(space, dit, batch, denoise):
     """A list of rows, one for each t of 0.1 to 0.9. Each is a dict of means over counted targets.
 
-    space has `latents` and `to_tokens`; dit has `estimate`. counted (B, N) tells which tokens
-    count. denoise(t, is_shuffled) returns the loss, the output, z_t and t of each target, with the
-    right contexts or with those of other rows."""
+    space has `latents` and `to_tokens`; dit has `estimate`. denoise(t, is_shuffled) returns the
+    loss, the output, z_t and t of each target, with the right contexts or those of other rows."""
     z_0 = space.latents(batch.tokens, batch.segment)  # (B, N, C)
-    weight = counted.flatten()[batch.targets]  # (T,)
+    weight = batch.at_targets(batch.counted)  # (T,)
 
     def mean(x):
         return weighted_mean(x.float(), weight).item()
@@ -115,7 +113,7 @@ def table_by_time(space, dit, batch, counted, denoise):
         """Of tokens decoded from latents z (T, C) of the targets."""
         rows = z_0.flatten(0, 1).index_copy(0, batch.targets, z).view_as(z_0)  # (B, N, C)
         is_right = space.to_tokens(rows, batch.segment) == batch.tokens  # (B, N)
-        return mean(is_right.flatten()[batch.targets])
+        return mean(batch.at_targets(is_right))
 
     table = []
     times = torch.arange(1, 10, device=z_0.device) / 10

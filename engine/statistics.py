@@ -36,5 +36,5 @@ def mean_latents(vae, batches):
     total = total.index_add(0, tokens, z)
     count = 1 + tokens.bincount(minlength=V)  # (V,)
     mean = total / count[:, None]
-    unexplained = (z - mean[tokens]).square().mean()
+    unexplained = (z - mean[tokens]).square().sum() / (z - z.mean(0)).square().sum()
     return mean, unexplained.item()

@@ -34,9 +34,11 @@ def train(stage, loss_of, weight_of, evaluate):
     """Trains stage.model until cfg.max_steps, or until a signal: SIGTERM, SIGHUP and Ctrl-C let the
     step and its evaluation finish, and the run is saved.
 
-    loss_of(net, batch, generator, step) returns a dict of scalars. "loss" is minimised.
-    weight_of(batch) is the sum of the weights of the mean that the loss is.
-    evaluate(model) returns a dict of numbers of validation data, with "loss", and a text to show.
+    loss_of(net, batch, generator, step) returns a dict of scalars. "loss", which is minimised, is a
+    weighted mean over tokens. weight_of(batch) is the sum of these weights. So micro-batches, and
+    processes, are joined to the mean over all of their tokens.
+    evaluate(average) returns a dict of numbers of validation data, with "loss", and a text to show.
+    average: the average of the model's weights, or the model itself where a stage has none.
 
     Writes OUT/NAME.pt (the model to use, the best by validation loss), OUT/NAME_last.pt (to resume)
     and OUT/NAME.jsonl (metrics). Raises UserError."""
@@ -46,6 +48,7 @@ def train(stage, loss_of, weight_of, evaluate):
     while run.step < cfg.max_steps and not run.is_stopped():
         rate = learning_rate(cfg, run.step, run.horizon)
         report = {}
+        # share: of this micro-batch in the weight of all that all processes take in this step
         for batch, share, generator in run.micro_batches(weight_of):
             with run.autocast:
                 losses = loss_of(net, batch, generator, run.step)
@@ -64,6 +67,7 @@ def train(stage, loss_of, weight_of, evaluate):
             update_average(average, model, run.step)
         run.end_step(report, norm, rate)
         is_last = run.step == cfg.max_steps
+        # Meanwhile other processes wait at is_stopped.
         if run.rank == 0 and (is_last or run.step % cfg.eval_interval == 0):
             with run.autocast:
                 numbers, text = evaluate(average)
@@ -84,7 +88,7 @@ class Stage:
     identity: dict
     has_average: bool = False  # an average of the weights is evaluated and kept
     keeps_latest: bool = False  # not the best by validation loss
-    whole: float = 0.0  # the time of README's first command, over this stage's; 0: unknown
+    whole: float = 0.0  # README's first command takes so many times as long (shown); 0: unknown
 
     def __post_init__(self):
         self.average = self.model
@@ -132,8 +136,8 @@ def recompute_blocks(model):
 
 
 def require_finite(norm, report, step):
-    """Raises UserError before a step that would spoil the weights. A GPU is waited for here, and at
-    no other place of a step. norm: of the gradient."""
+    """Raises UserError before a step that would spoil the weights. norm: of the gradient. The CPU
+    waits for a GPU here. (In other places only torchrun's sums and lines of metrics make it.)"""
     if math.isfinite(norm):
         return
     terms = [name for name, value in report.items() if not value.isfinite()]

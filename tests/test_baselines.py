@@ -15,7 +15,6 @@ from engine.checkpoint import build, load_gpt_state
 from engine.corpus import GPT2
 from engine.config import DIT_PRESETS, VAE_PRESETS, TrainConfig
 from engine.train import Run
-from engine.statistics import mean_latents
 from test_textldm import (
     EOT,
     SMALL,
@@ -314,27 +313,6 @@ def test_each_key_of_our_recipe_is_an_option_that_the_paper_has_otherwise():
     for name, value in OURS.items():
         assert type(options[name]) is type(value), name
         assert options[name] != value, name
-
-
-# ---- Statistics of training data -----------------------------------------------------------------
-
-
-def test_mean_latents_are_means_over_the_places_of_a_token():
-    vae = make_vae()
-    batches = [example_batch(64, seed=i) for i in range(3)]
-    table, unexplained = mean_latents(vae, batches)
-    for token in (3, EOT, V - 2):
-        alone = torch.tensor([[token]])
-        own = [vae.latents(alone, torch.full_like(alone, TARGET))[0]]
-        for b in batches:
-            is_token = b.counted & (b.tokens == token)
-            own.append(vae.latents(b.tokens, b.segment)[is_token])
-        assert torch.allclose(table[token], torch.cat(own).mean(0), atol=1e-5)
-    errors = []
-    for b in batches:
-        error = vae.latents(b.tokens, b.segment) - table[b.tokens]
-        errors.append(error[b.counted])
-    assert unexplained == pytest.approx(torch.cat(errors).square().mean().item(), rel=1e-4)
 
 
 def test_masked_diffusion_reveals_an_equal_share_in_each_step():

@@ -17,7 +17,7 @@ import textldm
 from engine.checkpoint import build, copy_blocks, load_checkpoint, read_tensors, write_whole
 from engine.config import DIT_PRESETS, VAE_PRESETS, TrainConfig, UserError, command_line
 from engine.corpus import Corpus
-from engine.evaluation import rows_with_other_contexts, summary, table_by_time
+from engine.evaluation import Evaluation, rows_with_other_contexts, table_by_time
 from engine.muon import Muon, make_optimizers, orthogonal
 from engine.statistics import feature_statistics, mean_latents
 from engine.terminal import lock, run_script, unlock_all
@@ -227,7 +227,8 @@ def test_the_mean_latent_of_a_token_by_hand():
     mean, unexplained = mean_latents(FourLatents(), [batch])
     assert mean[:, 0].tolist() == pytest.approx([0.2 / 3, 1.05, 2])
     apart = [0.2 / 3, 0.05, 0.2 - 0.2 / 3]
-    assert unexplained == pytest.approx(sum(x * x for x in apart) / 3)
+    spread = [0 - 1.3 / 3, 1.1 - 1.3 / 3, 0.2 - 1.3 / 3]
+    assert unexplained == pytest.approx(sum(x * x for x in apart) / sum(x * x for x in spread))
 
 
 def test_the_table_by_time_by_hand():
@@ -248,7 +249,7 @@ def test_the_table_by_time_by_hand():
         loss = torch.tensor([2.0, 50.0]) + is_shuffled
         return loss, None, z_t, t.expand(2, 1)
 
-    table = table_by_time(space, Net(), batch, batch.counted, denoise)
+    table = table_by_time(space, Net(), batch, denoise)
     assert [row["t"] for row in table] == [k / 10 for k in range(1, 10)]
     assert {row["loss"] for row in table} == {2}
     assert {row["shuffled"] for row in table} == {3}
@@ -257,20 +258,24 @@ def test_the_table_by_time_by_hand():
     assert [row["noisy"] for row in table] == [1] * 4 + [0] * 5
 
 
-def test_a_summary_has_the_mean_loss_and_what_the_model_writes(home):
+def test_an_evaluation_has_the_mean_loss_and_what_the_model_writes(home, monkeypatch):
     corpus = Corpus(home / "data", "val", 16)
+    evaluation = Evaluation(corpus.fixed_batches(1, "cpu")[0], 2, corpus)
+    evaluation.cuts = [3, 99, 0, 1]
+    evaluation.denoiser = lambda *_: None
     table = [dict(t=0.1, loss=1.0), dict(t=0.2, loss=4.0)]
+    monkeypatch.setattr(engine.evaluation, "table_by_time", lambda *_: table)
     given = []
 
-    def write(prompts, sampling):
-        given.append((prompts, sampling.cfg_scale))
-        return [corpus.encoding.encode(" two")]
+    def write(vae, dit, prompts, sampling):
+        given.append(([len(prompt) for prompt in prompts], sampling.cfg_scale))
+        return [corpus.encoding.encode(" two")] * 4
 
-    prompts = [corpus.encoding.encode("one" * 50)]
+    evaluation.write = write
     for drop, scale in ((0.1, 3.0), (0.0, 1.0)):
-        config = DiTConfig(**SMALL, context_drop=drop)
-        numbers, text = summary(table, corpus, config, prompts, write)
-        assert given[-1] == ([prompts[0][: corpus.N // 2]], scale)
+        dit = TextDiT(DiTConfig(**SMALL, channels=2, context_drop=drop))
+        numbers, text = evaluation(None, dit)
+        assert given[-1] == ([3, corpus.N // 2, 0, 1], scale)
     assert numbers == dict(loss=2.5, table=table)
     assert "0.2000     4.0000" in text and text.endswith("-> ' two'")
 
@@ -320,7 +325,7 @@ def test_a_dit_begins_as_the_decoder_and_measures_training_rows(
         drawn.append((self.path.stem, n))
         return few_fixed_batches(self, 1, device)
 
-    monkeypatch.setattr(engine.evaluation, "summary", lambda *given: (dict(loss=0.0), ""))
+    monkeypatch.setattr(engine.evaluation.Evaluation, "__call__", lambda *_: (dict(loss=0.0), ""))
     monkeypatch.setattr(Corpus, "fixed_batches", remember)
     is_copied = []
     for option in ("--from_decoder", "--no-from_decoder", "--n_embd=32", "--n_head=1"):

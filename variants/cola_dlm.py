@@ -27,10 +27,9 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.checkpoint import build, load_checkpoint
-from engine.config import DIT_PRESETS, TrainConfig, command_line
+from engine.config import DIT_PRESETS, TrainConfig, UserError, command_line
 from engine.corpus import Corpus
-from engine.evaluation import rows_with_other_contexts, summary, table_by_time
-from engine.config import UserError
+from engine.evaluation import Evaluation, rows_with_other_contexts
 from engine.terminal import pick_device, run_script
 from engine.train import Stage, train
 from textldm import (
@@ -59,11 +58,14 @@ from train_vae import train_vae, weight_of
 
 
 class BlockCorpus(Corpus):
-    """A corpus whose rows are one text each, all of it target."""
+    """A corpus whose rows are one text each, all of it target. Only the beginning of a text follows
+    nothing. So the first tokens of a row from the middle of a text, which may be in its first
+    block, have weight 0."""
+
+    latent_block = 1
 
     def batch(self, rng, B, N):
-        """A Batch of B rows of N tokens. A row from the middle of a text has weight 0 for its first
-        token: only the beginning of a text follows nothing."""
+        """A Batch of B rows of N tokens."""
         tokens = np.full((B, N), self.eot)
         weight = np.full((B, N), TAIL_WEIGHT, dtype=np.float32)
         for i in range(B):
@@ -71,7 +73,7 @@ class BlockCorpus(Corpus):
             tokens[i, : len(row)] = row
             weight[i, : len(row)] = 1
             if not begins_text:
-                weight[i, 0] = 0
+                weight[i, : self.latent_block] = 0
         segment = np.full((B, N), TARGET)
         return make_batch(*map(torch.from_numpy, (tokens, segment, weight)))
 
@@ -218,21 +220,9 @@ def block_denoising_loss(dit, batch, z_0, context, noise, n_guess=0):
             output = output.view(n, N, -1)
             guess[:n, N:] = dit.estimate(output, z_t[:n], t_of[:n])
     output = dit(x, segment, t, guess, layout, places=places)  # (T, V) or (T, C)
-
-    def at_targets(x):
-        """(B, N, ...) -> (T, ...)"""
-        return x.flatten(0, 1).index_select(0, targets)
-
-    z_t, t_of = at_targets(z_t), at_targets(t_of)
-    loss = dit.loss(output, at_targets(batch.tokens), at_targets(z_0), at_targets(noise.eps))
-    return loss, output, z_t, t_of
-
-
-def trained_weight(weight, block):
-    """weight (B, N), without the first block of rows from the middle of a text: it is no example of
-    how texts begin. block (N,)."""
-    begins_text = weight[:, :1] > 0  # (B, 1)
-    return weight * ((block > 0) | begins_text)
+    of_rows = (batch.tokens, z_0, noise.eps, z_t, t_of)
+    tokens, z_0, eps, z_t, t_of = map(batch.at_targets, of_rows)
+    return dit.loss(output, tokens, z_0, eps), output, z_t, t_of
 
 
 def block_flow_loss(dit, batch, z_0, generator):
@@ -249,9 +239,9 @@ def block_flow_loss(dit, batch, z_0, generator):
     is_dropped = u[-1] < dit.config.context_drop  # (B,)
     context = z_0.masked_fill(is_dropped[:, None, None], 0)
     noise = Noise(block, t, eps)
-    loss, _, _, _ = block_denoising_loss(dit, batch, z_0, context, noise, (B + 1) // 2)
-    weight = trained_weight(batch.weight, block).flatten()[batch.targets]  # (T,)
-    return weighted_mean(loss, weight)
+    n_guess = (B + generator.initial_seed() % 2) // 2
+    loss, _, _, _ = block_denoising_loss(dit, batch, z_0, context, noise, n_guess)
+    return weighted_mean(loss, batch.at_targets(batch.weight))
 
 
 # ---- The sampler ---------------------------------------------------------------------------------
@@ -410,25 +400,20 @@ def first_block(vae, dit, prompts, sampling):
 # ---- Training ------------------------------------------------------------------------------------
 
 
-class BlockEvaluation:
-    """Judges a ColaDiT on fixed validation rows with fixed noise: a table by time, and four
-    samples."""
+class BlockEvaluation(Evaluation):
+    """An Evaluation of a ColaDiT."""
 
-    def __init__(self, vae, batch, latent_block, corpus):
-        self.vae, self.batch, self.corpus = vae, batch, corpus
-        B, N = batch.tokens.shape
-        device = batch.tokens.device
-        generator = torch.Generator().manual_seed(0)
-        self.eps = torch.randn(B, N, vae.config.channels, generator=generator).to(device)
-        self.block = torch.arange(N, device=device) // latent_block  # (N,)
-        self.lengths = batch.counted.sum(1).tolist()
-        needed = [length - 1 for length in self.lengths]  # all of a text is context somewhere
-        self.others = rows_with_other_contexts(needed, self.lengths)
+    def __init__(self, batch, channels, corpus):
+        super().__init__(batch, channels, corpus)
+        lengths = (batch.weight != TAIL_WEIGHT).sum(1).tolist()
+        self.cuts = [length // 2 for length in lengths]
+        needed = [length - 1 for length in lengths]  # all of a text is context somewhere
+        self.others = rows_with_other_contexts(needed, lengths)
 
-    @torch.no_grad()
-    def __call__(self, dit):
-        vae, batch, block = self.vae, self.batch, self.block
+    def denoiser(self, vae, dit):
+        batch = self.batch
         B, N = batch.tokens.shape
+        block = torch.arange(N, device=self.eps.device) // dit.config.latent_block  # (N,)
         M = int(block[-1]) + 1
         z_0 = vae.latents(batch.tokens, batch.segment)  # (B, N, C)
         z_other = vae.latents(batch.tokens[self.others], batch.segment)  # (B, N, C)
@@ -438,16 +423,10 @@ class BlockEvaluation:
             noise = Noise(block, t.expand(B, M), self.eps)
             return block_denoising_loss(dit, batch, z_0, context, noise, n_guess=B)
 
-        counted = trained_weight(batch.counted, block)  # (B, N)
-        table = table_by_time(vae, dit, batch, counted, denoise_at)
-        prompts = []
-        for row, length in zip(batch.tokens[:4], self.lengths):
-            prompts.append(row[: length // 2].tolist())
+        return denoise_at
 
-        def write(prompts, sampling):
-            return continue_in_blocks(vae, dit, prompts, 0, sampling)
-
-        return summary(table, self.corpus, dit.config, prompts, write)
+    def write(self, vae, dit, prompts, sampling):
+        return continue_in_blocks(vae, dit, prompts, 0, sampling)
 
 
 def train_dit():
@@ -470,9 +449,10 @@ def train_dit():
             f"--latent_block={config.latent_block} is more than half of a row of "
             f"{config.block_size} tokens; lower it"
         )
+    corpus.latent_block = val.latent_block = config.latent_block
     torch.manual_seed(cfg.seed)
     dit = make_dit(ColaDiT, config, vae, corpus, options)
-    table = BlockEvaluation(vae, val.fixed_batches(1, device)[0], config.latent_block, corpus)
+    table = BlockEvaluation(val.fixed_batches(1, device)[0], config.channels, corpus)
 
     def loss_of(net, batch, generator, step):
         z_0 = vae.latents(batch.tokens, batch.segment)
@@ -480,7 +460,7 @@ def train_dit():
 
     identity = dict(kind="cola_dlm", vae=vae.z_mean.tolist())
     stage = Stage("dit", cfg, corpus, dit, identity, has_average=True)
-    train(stage, loss_of, weight_of, table)
+    train(stage, loss_of, weight_of, lambda average: table(vae, average))
 
 
 def main():

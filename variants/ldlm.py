@@ -27,13 +27,12 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.checkpoint import build, load_teacher_state
-from engine.config import DIT_PRESETS, TrainConfig, command_line
+from engine.config import DIT_PRESETS, TrainConfig, UserError, command_line
 from engine.corpus import Corpus, shorten_rows
 from engine.evaluation import Evaluation
-from engine.config import UserError
+from engine.statistics import feature_statistics
 from engine.terminal import pick_device, run_script
 from engine.train import Stage, train
-from engine.statistics import feature_statistics
 from textldm import (
     CONTEXT,
     GPT,
@@ -181,8 +180,9 @@ def latent_loss(dit, batch, z_0, generator):
     t = dit.times(u[0])  # (B,)
     is_hidden = (u[1] < dit.config.context_drop)[:, None] & (batch.segment == CONTEXT)  # (B, N)
     z_0 = z_0.masked_fill(is_hidden[..., None], 0)
-    loss, _, _, t_of = denoising_loss(dit, batch, z_0, t, eps, n_guess=(B + 1) // 2)
-    weight = batch.weight.flatten()[batch.targets]  # (T,)
+    n_guess = (B + generator.initial_seed() % 2) // 2
+    loss, _, _, t_of = denoising_loss(dit, batch, z_0, t, eps, n_guess)
+    weight = batch.at_targets(batch.weight)  # (T,)
     dit.update_loss_at(loss.detach(), t_of[:, 0], weight)
     return weighted_mean(loss, weight)
 
