@@ -56,8 +56,13 @@ def bytes_and_pairs(texts, size):
 
 def test_the_tokens_of_a_text_by_hand(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("abab abab")  # ab, a token 256, occurs most often
-    prepare(tmp_path / "a.txt", "--vocab_size=258", "--val_fraction=0.4", "--out", tmp_path / "out")
-    assert "no use for more" not in capsys.readouterr().out
+    options = ["--val_fraction=0.4", "--out", tmp_path / "out"]
+    prepare(tmp_path / "a.txt", "--vocab_size=300", *options)
+    assert "no use for more than 259 tokens" in capsys.readouterr().out, "ab and abab"
+    prepare(tmp_path / "a.txt", "--vocab_size=258", *options)
+    said = capsys.readouterr().out
+    assert "no use for more" not in said and "too short to train on" in said
+    assert "train: documents 1, tokens 4\nval: documents 1, tokens 2\nfiles read: 1\n" in said
     train, val = [np.fromfile(tmp_path / f"out/{name}.bin", "uint16") for name in ("train", "val")]
     assert train.tolist() == [256, 256, 32, 256]
     assert val.tolist() == [256, 257], "its last 0.4, with an end-of-text"
@@ -127,9 +132,10 @@ def test_a_hash_of_its_text_puts_a_document_in_val(tmp_path, name):
 
 
 CUTS = {  # options, and how many documents end in train
-    "--val_fraction=0.25": 15,
+    "--val_fraction=0.27": 15,  # the nearest end
     "--val_fraction=0.04": 19,  # within a document: val would hold less than one
-    "--val_fraction=0.04 --layout=documents": 19,
+    "--val_fraction=0.0001": 19,  # val has one token
+    "--val_fraction=0.01 --layout=documents": 19,
 }
 
 
@@ -141,7 +147,7 @@ def test_with_few_documents_the_last_ones_are_val(tmp_path, options):
     number = CUTS[options]
     assert meta_of(tmp_path / "out")["documents"] == dict(train=number, val=20 - number)
     train, val = [texts_of(tmp_path / "out", split) for split in ("train", "val")]
-    assert (train[-1] == b"") == (options != "--val_fraction=0.04")
+    assert (train[-1] == b"") == (options not in list(CUTS)[1:3])
     assert b"".join([*train, *val]).decode() == "".join(texts)
 
 
@@ -157,7 +163,7 @@ LAYOUTS = {  # numbers of short and long documents, tokens in a long one, option
 
 
 @pytest.mark.parametrize("case", LAYOUTS)
-def test_short_documents_are_rows(tmp_path, case):
+def test_short_documents_are_rows(tmp_path, capsys, case):
     short, long, size, option = case
     (tmp_path / "b.txt").write_text("b")
     # Of different bytes a BPE merges the last pair, and an end-of-text follows.
@@ -168,24 +174,30 @@ def test_short_documents_are_rows(tmp_path, case):
     prepare(tmp_path / "a.txt", "--val", tmp_path / "b.txt", *options)
     meta = meta_of(tmp_path / "out")
     assert (meta["layout"], meta["longest"]) == LAYOUTS[case]
+    is_asked = short + long < 100 and option != "--lines"
+    assert ("with --lines" in capsys.readouterr().out) == is_asked
 
 
-TOKENIZERS = {  # letters, whether they are all, whether GPT-2's BPE is there
-    (10**4, True, True): ("bpe", 512),
-    (2 * 10**5, True, True): ("bpe", 1142),
-    (10**6, True, True): ("bpe", 4096),
-    (10**4, False, True): ("gpt2", 50257),
-    (10**4, False, False): ("bpe", 512),
+TOKENIZERS = {  # options, letters, whether they are all, whether GPT-2's BPE is there
+    ("a.txt", 10**4, True, True): ("bpe", 512),
+    ("a.txt", 2 * 10**5, True, True): ("bpe", 1142),
+    ("a.txt", 10**6, True, True): ("bpe", 4096),
+    ("a.txt", 10**4, False, True): ("gpt2", 50257),
+    ("a.txt", 10**4, False, False): ("bpe", 512),
+    ("a.txt --vocab_size=300", 10**4, False, True): ("bpe", 300),
+    ("a.txt --encoding=gpt2", 10**4, True, True): ("gpt2", 50257),
+    ("names", 10**4, True, True): ("bpe", 4096),
 }
 
 
 @pytest.mark.parametrize("case", TOKENIZERS)
-def test_the_size_of_a_text_decides_its_tokenizer(capsys, case):
-    letters, is_all, has_gpt2 = case
+def test_the_size_of_a_text_decides_its_tokenizer(monkeypatch, capsys, case):
+    options, letters, is_all, has_gpt2 = case
     module = load("data/prepare.py")
     module.load_encoding = Mock(side_effect=None if has_gpt2 else UserError("no network"))
-    module.train_bpe = lambda texts, vocab_size: ("", vocab_size)
-    args = SimpleNamespace(encoding=None, vocab_size=None, embedded=None)
+    module.train_bpe = bytes_and_pairs
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *options.split()])
+    args = module.parse_arguments()
     tokenizer = module.make_tokenizer(args, ["word "] * (letters // 5), is_all)
     assert (tokenizer["encoding"], tokenizer["vocab_size"]) == TOKENIZERS[case]
     assert ("a new BPE takes its place" in capsys.readouterr().out) != has_gpt2
@@ -247,21 +259,6 @@ def test_the_printed_commands_are_of_this_corpus(tmp_path, monkeypatch, case, pl
         script(path, *arguments)  # a wrong option is exit code 2
 
 
-TOO_SHORT = {"a.md": ("plain text\n", []), "a.txt": ("a few words\n" * 3, ["--lines"])}
-
-
-@pytest.mark.parametrize("name", TOO_SHORT)
-def test_a_text_that_fills_no_row_gets_no_commands(tmp_path, capsys, name):
-    text, options = TOO_SHORT[name]
-    (tmp_path / name).write_text(text)
-    prepare(tmp_path / name, "--out", tmp_path / "out", "--vocab_size=2048", *options)
-    said = capsys.readouterr().out
-    assert "too short to train on" in said and "\npython" not in said
-    size = meta_of(tmp_path / "out")["vocab_size"]
-    assert size < 300 and f"no use for more than {size} tokens" in said
-    assert ("with --lines" in said) == (not options)
-
-
 @pytest.fixture
 def text(tmp_path, monkeypatch):
     """A text in the working directory."""
@@ -283,8 +280,14 @@ def test_a_pipe_is_read_once_and_a_dash_is_stdin(text):
         assert b"".join(found) == text.read_bytes()
 
 
-def test_a_folder_comes_before_the_embedded_corpus_of_its_name(tmp_path, monkeypatch):
+FOLDERS = {"names": "names", "-": "stdin", "../x/": "x", ".a.jsonl.zst.tar": "a", "...": "text"}
+
+
+def test_a_path_names_the_corpus_and_comes_before_an_embedded_one(tmp_path, monkeypatch):
     module = load("data/prepare.py")
+    for path, name in FOLDERS.items():
+        args = SimpleNamespace(out=None, paths=[path])
+        assert module.output_folder(args) == Path("data") / name
     monkeypatch.setattr(sys, "argv", ["prepare.py", "docs"])
     monkeypatch.chdir(ROOT)
     assert module.parse_arguments().embedded == "docs", "the pages of this project are no corpus"
@@ -330,13 +333,14 @@ def test_a_second_process_is_refused_and_harms_nothing(text, capsys):
 
 
 REFUSED = {
-    "a.txt --val_fraction=2": "must lie between 0 and 1",
+    "a.txt --val_fraction=0": "must lie between 0 and 1",
+    "a.txt --val_fraction=1": "must lie between 0 and 1",
     "a.txt --vocab_size=257": "at least 258",
     "a.txt --vocab_size=2048 --encoding=gpt2": "--vocab_size is for --encoding=bpe",
     "a.txt --val=a.txt --val_fraction=0.1": "no effect with --val",
     "a.txt --val=a.txt": "none is left for train",
     "a.txt --layout=documents": "only one document",
-    "a.txt names": "names is missing",
+    "names a.txt": "names is missing",
     "names --lines": "--lines is for text files",
     "a.txt --out=a.txt": "cannot write --out=a.txt",
     "many.jsonl --val_fraction=0.0000001 --out=new": "val gets no document",
@@ -365,28 +369,33 @@ def test_names_are_those_of_unicode_without_numbered_ones():
         assert len(found) == len(set(found)) == 26015
 
 
-PROSE = ["Return the height of the figure.", "It is too short too."]
+PROSE = ["Return the height of the figure.", "It is too short too.", f"A{'b' * 91}{'1' * 7}."]
 NO_PROSE = [
     "return the height of the figure.",
     "Return the height of the figure",
-    "Return x[0] + y[1] * (z - 2).",
+    f"A{'b' * 90}{'1' * 8}.",  # 92 of 100 are letters or a full stop
     ">>> Return the height of the figure.",
     "It is short by one.",
 ]
 
 
 def test_docs_are_paragraphs_of_prose_each_once(tmp_path, monkeypatch):
-    paragraphs = "\n\n    ".join(["Two lines\n    of good prose.", *PROSE, *NO_PROSE])
+    paragraphs = "\n\n".join(["Two lines\nof good prose.", *PROSE, *NO_PROSE])
     files = {
-        "a.py": f"def f():\n    '''{paragraphs}'''",
-        "b/c.py": f"'''{PROSE[0].upper()}\n\nThis one is another.'''",
-        "tests/d.py": "'''A paragraph in a test.'''",
-        "broken.py": "def",
+        "lib/a.py": f"'''{paragraphs}'''",
+        "lib/broken.py": "def",
+        "lib/tests/b.py": "'''A paragraph in a test.'''",
+        "lib/site-packages/c.py": "'''A paragraph in a package.'''",
+        "torch/d/e.py": f"async def f():\n    '''{PROSE[0].upper()}\n\n    This one is another.'''",
+        "numpy/f.py": "class A:\n    def f():\n        '''It is of a function.'''",
+        "numpy/g.py": "class A:\n    '''The last is of a class.'''",
     }
+    folder = tmp_path / "tests"  # folders above a package do not matter
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    origin = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: origin)
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    assert list(docs()) == ["Two lines of good prose.", *PROSE, "This one is another."]
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    packages = {name: SimpleNamespace(origin=folder / name / "x.py") for name in ("torch", "numpy")}
+    monkeypatch.setattr(importlib.util, "find_spec", packages.get)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(folder / "lib")})
+    expected = ["Two lines of good prose.", *PROSE, "This one is another."]
+    assert list(docs()) == [*expected, "It is of a function.", "The last is of a class."]
