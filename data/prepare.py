@@ -17,7 +17,7 @@ Each .bin file is an array of token ids: uint16, or uint32 if the vocabulary nee
 end-of-text token follows each document.
 
 A hash of its text decides whether a document belongs to train or to val, so the order of the
-documents has no influence. If the first 100 MB hold few documents, the end of all is val.
+documents has no influence. If the first 100 million characters hold few, the end of all is val.
 """
 
 import argparse
@@ -49,10 +49,12 @@ from engine.terminal import lock, run_script
 
 SMALL = 100 << 20  # characters. A text of up to this size gets a BPE of its own.
 FEW = 100  # documents. So few are not divided by their hashes.
-LONGEST_ROW = 64  # tokens. Where nearly all documents are shorter, each is a row by itself.
 JOB = 1 << 18  # characters that a thread encodes at once
-GPU_ROW = 1024  # tokens in a row of the preset small
-TEXT_ROW = 32  # tokens in a row of running text, on a CPU
+# Tokens in a row.
+LONGEST_ROW = 64  # Where nearly all documents are shorter, each is a row by itself.
+TEXT_ROW = 32  # of running text, on a CPU
+GPU_ROW = 1024  # of the preset small
+SHORTEST_ROW = 8  # of running text. For less no commands are printed.
 
 
 def parse_arguments():
@@ -64,9 +66,9 @@ def parse_arguments():
     add("paths", nargs="*", default=["names"], metavar="names|docs|PATH", help=text)
     add("--out", help="folder to write (default: data/ and the name of the corpus)")
     add("--val", help="file or folder of val documents, instead of a share of the others")
-    text = "share of val (default: 0.1; names, docs: 0.05; more than 100 MB: 0.005)"
+    text = "share of val (default: 0.1; names, docs: 0.05; more than 100 million characters: 0.005)"
     add("--val_fraction", type=float, help=text)
-    text = "GPT-2's BPE (default for more than 100 MB of text), or a new BPE (default for less)"
+    text = "GPT-2's BPE (default for more than 100 million characters), or a new BPE (for less)"
     add("--encoding", choices=["gpt2", "bpe"], help=text)
     text = "number of tokens of a new BPE (default: by the size of the text, at most 4096)"
     add("--vocab_size", type=int, help=text)
@@ -82,6 +84,7 @@ def parse_arguments():
         parser.error("--vocab_size is for --encoding=bpe; GPT-2's has 50257 tokens")
     if args.vocab_size is not None and not 258 <= args.vocab_size <= 2**31:
         parser.error("--vocab_size must be at least 258: 256 bytes, end-of-text and one merge")
+    # args gets one field that is no option: the name of the embedded corpus to read, or None.
     name = args.paths[0]
     # A file or folder of that name comes first, except for the docs of this project.
     is_path = Path(name).exists() and Path(name).resolve().parent != ROOT
@@ -206,57 +209,31 @@ def encode_all(documents, encoding, eot):
         yield from encode_job(job)
 
 
-def write_bins(out, args, tokenizer, documents, val):
-    """Encodes all documents into train.bin.tmp and val.bin.tmp in the folder out.
+def write_bins(paths, tokenizer, dtype, documents):
+    """Encodes documents into the files paths["train"] and paths["val"].
 
-    documents, val: iterables of strings. val is None if a share of the others is val.
-    args: if args.is_few, the end of the text is that share.
-
-    Returns the fields of meta.json that follow from the text. Raises UserError if a source is
-    unusable or a split gets no document, and OSError if out cannot be written.
+    documents: a pair (split, text) for each. Returns three Counters: the tokens of each split, its
+    documents, and how many documents have each length in tokens.
     """
-    dtype = "uint16" if tokenizer["eot"] < 2**16 else "uint32"
-    paths = {split: temporary_path(out / f"{split}.bin") for split in ("train", "val")}
-    tokens = Counter(train=0, val=0)
-    number = Counter(train=0, val=0)  # of documents
-    lengths = Counter()  # of documents, in tokens
-    is_cut = args.is_few and val is None
-    share = 0 if is_cut or val is not None else args.val_fraction
-    digest = hashlib.sha256()
-    pairs = choose_splits(documents, val or (), share, digest)
+    tokens, number, lengths = Counter(train=0, val=0), Counter(train=0, val=0), Counter()
     with open(paths["train"], "wb") as train_file, open(paths["val"], "wb") as val_file:
         files = {"train": train_file, "val": val_file}
-        for split, ids in encode_all(pairs, load_encoding(tokenizer), tokenizer["eot"]):
+        for split, ids in encode_all(documents, load_encoding(tokenizer), tokenizer["eot"]):
             files[split].write(ids.astype(dtype).data)
             tokens[split] += len(ids)
             number[split] += 1
             lengths[len(ids)] += 1
-    values, counts = np.array(sorted(lengths.items())).T
-    longest = int(values[np.searchsorted(counts.cumsum(), 0.99 * counts.sum())])
-    is_short = longest <= LONGEST_ROW and (args.lines or not args.is_few)
-    layout = args.layout or ("documents" if args.embedded or is_short else "stream")
-    if is_cut:
-        # A val text of less than one document is cut off anywhere.
-        is_between = layout == "documents" or number["train"] * args.val_fraction >= 1
-        tokens, number = cut_off_val(paths, dtype, tokenizer["eot"], args.val_fraction, is_between)
-    for split, path in paths.items():
-        if not number[split]:
-            raise UserError(f"{split} gets no document; give --val=FILE, or another --val_fraction")
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    # Training on documents has rows of the length "longest".
-    fields = dict(dtype=dtype, layout=layout, tokens=dict(tokens), documents=dict(number))
-    return fields | dict(sha256=digest.hexdigest(), longest=longest)
+    return tokens, number, lengths
 
 
-def cut_off_val(paths, dtype, eot, val_fraction, is_between):
-    """Moves the end of the train file to the val file: whole documents if is_between, else tokens.
+def cut_off_val(paths, dtype, eot, val_fraction, is_whole):
+    """Moves the end of the train file to the val file: whole documents if is_whole, else tokens.
 
     Returns the numbers of tokens and of documents: two dicts by split. Raises UserError.
     """
     ids = np.memmap(paths["train"], dtype, "r")
     cut = min(max(round(len(ids) * (1 - val_fraction)), 1), len(ids) - 1)
-    if is_between:
+    if is_whole:
         ends = np.flatnonzero(ids[:-1] == eot) + 1
         if not len(ends):
             raise UserError("there is only one document; give --val=FILE, or --layout=stream")
@@ -270,24 +247,49 @@ def cut_off_val(paths, dtype, eot, val_fraction, is_between):
 
 
 def prepare(args, out, train, val):
-    """Writes the corpus of the documents train and val to the folder out.
+    """Writes the corpus of the documents train and val (None without --val) to the folder out.
 
     Returns the content of meta.json. Existing files are replaced when all new ones are complete.
+    Raises UserError if a source is unusable or a split gets no document, and OSError.
     """
-    documents = iter(train)
+    rest = iter(train)
     first = []
     size = 0
-    while size <= SMALL and (text := next(documents, None)) is not None:
+    while size <= SMALL and (text := next(rest, None)) is not None:
         first.append(text)
         size += len(text)
     is_all = size <= SMALL
-    args.is_few = len(first) < FEW
-    if args.val_fraction is None:
-        args.val_fraction = 0.05 if args.embedded else 0.1 if is_all else 0.005
+    is_few = len(first) < FEW
     tokenizer = make_tokenizer(args, first, is_all)
     print(f"prepare: {tokenizer['encoding']} of {tokenizer['vocab_size']} tokens -> {out}")
-    fields = write_bins(out, args, tokenizer, itertools.chain(first, documents), val)
-    meta = tokenizer | fields | dict(source=args.paths, unicode=unicodedata.unidata_version)
+    if is_few and not args.lines:
+        print("If each line is a text of its own, prepare it again with --lines.")
+    dtype = "uint16" if tokenizer["eot"] < 2**16 else "uint32"
+    val_fraction = args.val_fraction or (0.05 if args.embedded else 0.1 if is_all else 0.005)
+    # Val is one of three: the documents of --val, the end of few documents, or those of many that
+    # their hashes choose.
+    share = 0 if val is not None or is_few else val_fraction
+    digest = hashlib.sha256()
+    documents = choose_splits(itertools.chain(first, rest), val or (), share, digest)
+    paths = {split: temporary_path(out / f"{split}.bin") for split in ("train", "val")}
+    tokens, number, lengths = write_bins(paths, tokenizer, dtype, documents)
+    values, counts = np.array(sorted(lengths.items())).T
+    longest = int(values[np.searchsorted(counts.cumsum(), 0.99 * counts.sum())])
+    is_short = longest <= LONGEST_ROW and (args.lines or not is_few)
+    layout = args.layout or ("documents" if args.embedded or is_short else "stream")
+    if is_few and val is None:
+        # In a stream, a val text of less than one document is the end of the last document.
+        is_whole = layout == "documents" or number["train"] * val_fraction >= 1
+        tokens, number = cut_off_val(paths, dtype, tokenizer["eot"], val_fraction, is_whole)
+    for split, path in paths.items():
+        if not number[split]:
+            raise UserError(f"{split} gets no document; give --val=FILE, or another --val_fraction")
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    # Training on documents has rows of the length "longest".
+    meta = tokenizer | dict(dtype=dtype, layout=layout, tokens=tokens, documents=number)
+    meta |= dict(sha256=digest.hexdigest(), longest=longest)
+    meta |= dict(source=args.paths, unicode=unicodedata.unidata_version)
     temporary_path(out / "meta.json").write_text(json.dumps(meta, indent=1))
     for name in OUTPUTS:
         os.replace(temporary_path(out / name), os.path.realpath(out / name))
@@ -303,20 +305,23 @@ def next_commands(out, meta):
     out: as the user wrote it. meta: the content of its meta.json.
     """
     tokens = min(meta["tokens"].values())
+    is_stream = meta["layout"] == "stream"
+    on_gpu = meta["encoding"] == "gpt2"
+    longest_row = GPU_ROW if on_gpu else TEXT_ROW if is_stream else LONGEST_ROW
+    if tokens <= (SHORTEST_ROW if is_stream else min(longest_row, meta["longest"])):
+        return f"\nIt is too short to train on: one split has only {tokens} tokens."
+    row = min(longest_row, tokens - 1)  # a row of the GPT has one token more
     to = f"--out={shlex.quote(f'out/{out.resolve().name}')}"
     both = f"--data={shlex.quote(str(out))} {to}"
     if sys.platform == "darwin":
         both += " --device=cpu"  # untried on the GPU of a Mac
-    row = min(TEXT_ROW, tokens - 1)  # a row of the GPT has one token more
-    is_stream = meta["layout"] == "stream"
-    block_size = 8 if is_stream else LONGEST_ROW
-    if meta["encoding"] == "gpt2":
-        block_size = GPU_ROW
+    if on_gpu:
         where = "on a GPU"
+        both += " --preset=small" if row == GPU_ROW else f" --preset=small --block_size={row}"
         vae = "--teacher=gpt2 --no-muon --compile --max_steps=6000 --beta_warmup=2000"
         commands = [
-            f"train_vae.py {both} --preset=small {vae}",
-            f"train_dit.py {both} --preset=small --compile --max_steps=20000",
+            f"train_vae.py {both} {vae}",
+            f"train_dit.py {both} --compile --max_steps=20000",
             f"sample.py {to} --n=4",
         ]
     elif is_stream:
@@ -336,8 +341,6 @@ def next_commands(out, meta):
         where = "names took 10 minutes on two cores of an EPYC (Zen 4) in fp32"
         scripts = ["baselines/gpt.py", "train_vae.py", "train_dit.py"]
         commands = [*[f"{script} {both}" for script in scripts], f"sample.py {to} --n=5"]
-    if tokens <= (block_size if is_stream else min(block_size, meta["longest"])):
-        return f"\nIt is too short to train on: one split has only {tokens} tokens."
     root = "" if ROOT == Path.cwd() else shlex.quote(os.path.relpath(ROOT)) + "/"
     lines = [f"python {root}{command}" for command in commands]
     return "\n".join([f"\nTo train on it ({where}):\n", *lines])
@@ -374,8 +377,6 @@ def main():
             print("\n".join(source.report()))
     longest = f"99% of documents have at most {meta['longest']:,} tokens"
     print(f"sha256 {meta['sha256'][:16]}, layout {meta['layout']}, {longest}")
-    if args.is_few and not args.lines:
-        print("If each line is a text of its own, prepare it again with --lines.")
     print(next_commands(out, meta))
 
 

@@ -191,7 +191,6 @@ class Reader:
                 if "\ufffd" in text:
                     self.notes[UNDECODABLE][name] += text.count("\ufffd")
                 yield text
-
         if suffix == ".json" and not is_named and not documents:
             self.leave_out("JSON without a text", name)
         elif unusable > documents:
