@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -21,24 +20,11 @@ import engine.train
 from engine.checkpoint import load_checkpoint
 from engine.config import TrainConfig, UserError
 from engine.train import Stage, learning_rate, minutes, train, update_average
-from tests.helpers import (
-    ROOT,
-    load,
-    make_quick,
-    run_module,
-    short_samples,
-    snapshot,
-    training_options,
-)
+from tests.helpers import ROOT, load, make_quick, script, snapshot, training_options
 from tests.helpers import train as train_script
-from textldm import TARGET, make_batch, weighted_mean
+from textldm import TARGET, TransformerConfig, make_batch, weighted_mean
 
 # ---- A toy ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class ToyConfig:
-    block_size: int = 4
 
 
 class Toy(nn.Module):
@@ -46,7 +32,7 @@ class Toy(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.config = ToyConfig()
+        self.config = TransformerConfig()
         self.number = nn.Parameter(torch.zeros(1, 1))
 
     def forward(self, batch):
@@ -58,29 +44,14 @@ class Toy(nn.Module):
 
 
 class ToyCorpus:
-    """Row i of micro-batch i of a step has the token 1 + i, with weight 1 + 2 i."""
-
-    N = 4
-    identity = dict(tokenizer={}, data="toy")
-
-    def __init__(self):
-        self.drawn = 0
-
-    def batch(self, rng, B, N):
-        i = self.drawn % 2
-        self.drawn += 1
-        tokens = torch.full((B, 1), 1 + i)
-        return make_batch(tokens, torch.full((B, 1), TARGET), torch.full((B, 1), 1.0 + 2 * i))
-
-
-class RandomCorpus(ToyCorpus):
-    """Rows of N equal tokens that are drawn."""
+    """Rows of one token each, a number that is drawn and is the weight too."""
 
     N = 80
+    identity = dict(tokenizer={}, data="toy")
 
     def batch(self, rng, B, N):
-        tokens = torch.full((B, N), rng.random())
-        return make_batch(tokens, torch.full((B, N), TARGET), torch.ones(B, N))
+        tokens = torch.full((B, N), 1 + rng.random())
+        return make_batch(tokens, torch.full((B, N), TARGET), tokens)
 
 
 def loss_of(net, batch, generator, step):
@@ -91,10 +62,9 @@ def run_toy(folder, evaluate=lambda toy: toy.judge(), loss_of=loss_of, **options
     """Trains a Toy. Options are those of its TrainConfig and of its Stage."""
     values = dict(out=str(folder), device="cpu", batch_size=1, max_steps=2, eval_interval=1)
     values |= dict(log_interval=1, warmup=0, learning_rate=0.1, weight_decay=0.0) | options
-    corpus = values.pop("corpus", ToyCorpus)()
     identity = dict(kind=values.pop("kind", "toy"))
     more = {key: values.pop(key) for key in ("has_average", "keeps_latest") if key in values}
-    stage = Stage("toy", TrainConfig(**values), corpus, Toy(), identity, **more)
+    stage = Stage("toy", TrainConfig(**values), ToyCorpus(), Toy(), identity, **more)
     train(stage, loss_of, lambda batch: batch.weight.sum(), evaluate)
 
 
@@ -106,25 +76,25 @@ def state_of(folder, end=""):
     return load_checkpoint(folder / f"toy{end}.pt", "toy", "")
 
 
-def test_micro_batches_weigh_as_their_tokens(tmp_path):
-    """At 0 the losses are 1 and 4 with weights 1 and 3, so the mean is 13/4 and its slope -7/2."""
-    run_toy(tmp_path, accumulate=2, max_steps=1)
-    first = lines_of(tmp_path)[0]
-    assert first["loss"] == pytest.approx(13 / 4)
-    assert first["norm"] == pytest.approx(7 / 2), "before it is clipped"
-
-
-def test_gradients_are_clipped_to_norm_1_and_taken_away(tmp_path, monkeypatch):
-    seen = []
+def test_micro_batches_weigh_as_their_tokens_and_gradients_have_norm_1(tmp_path, monkeypatch):
+    batches, gradients = [], []
     step = torch.optim.AdamW.step
 
-    def remember(self, *given):
-        seen.append(self.param_groups[0]["params"][0].grad.item())
+    def remember_batch(net, batch, generator, step):
+        batches.append(batch.tokens.flatten())
+        return loss_of(net, batch, generator, step)
+
+    def remember_gradient(self, *given):
+        gradients.append(self.param_groups[0]["params"][0].grad.item())
         return step(self, *given)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", remember)
-    run_toy(tmp_path, accumulate=2, max_steps=3)
-    assert seen == pytest.approx([-1, -1, -1], abs=1e-4)
+    monkeypatch.setattr(torch.optim.AdamW, "step", remember_gradient)
+    run_toy(tmp_path, loss_of=remember_batch, accumulate=2)
+    tokens = torch.cat(batches[:2])  # of the first step, where the number is 0
+    first = lines_of(tmp_path)[0]
+    assert first["loss"] == pytest.approx((tokens**3).sum() / tokens.sum())
+    assert first["norm"] == pytest.approx(2 * (tokens**2).sum() / tokens.sum()), "not yet clipped"
+    assert gradients == pytest.approx([-1, -1], abs=1e-4)
 
 
 def test_the_learning_rate_by_hand():
@@ -217,17 +187,18 @@ def test_rows_and_noise_depend_on_seed_step_and_micro_batch(tmp_path, monkeypatc
         seen = []
 
         def remember(net, batch, generator, step):
-            seen.append((*batch.tokens.shape, batch.tokens[0, 0].item(), generator.initial_seed()))
+            token = batch.tokens[0, 0].item()
+            seen.append((batch.tokens.shape[1], token, generator.initial_seed()))
             return loss_of(net, batch, generator, step)
 
-        values = dict(corpus=RandomCorpus, eval_interval=99, max_steps=40) | options
-        run_toy(tmp_path / name, loss_of=remember, **values)
+        options = dict(eval_interval=99, max_steps=40) | options
+        run_toy(tmp_path / name, loss_of=remember, **options)
         return seen
 
     both = drawn("both", accumulate=2)
-    assert {N for _, N, *_ in both} == {40, 50, 60, 70, 80}
-    for number in (2, 3):
-        assert len({given[number] for given in both}) == 80
+    lengths, tokens, seeds = map(set, zip(*both))
+    assert lengths == {40, 50, 60, 70, 80}
+    assert len(tokens) == len(seeds) == 80
     assert not set(both) & set(drawn("seed", seed=2))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **k: None)
@@ -304,7 +275,7 @@ PLACES += [("os.replace", n, is_after) for n in (2, 3, 4) for is_after in (False
 @pytest.mark.parametrize("place", PLACES, ids=str)
 @pytest.mark.parametrize("kept", ["has_average", "keeps_latest"])
 def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, monkeypatch, kept, place, how):
-    options = dict({kept: True}, corpus=RandomCorpus, max_steps=5, eval_interval=2)
+    options = dict({kept: True}, max_steps=5, eval_interval=2)
     run_toy(tmp_path / "whole", **options)
     with monkeypatch.context() as m, pytest.raises((Killed, SystemExit)) as e:
         end_at(m, *place[:2], how, place[2])
@@ -355,18 +326,13 @@ def causal(home, tmp_path_factory):
 def stage(request, home, causal, tmp_path_factory):
     """A Kind, a function that trains it for three steps, and the folder of an undisturbed run."""
     kind = request.param
-    path, *which = kind.command.split()
 
     def run(out, *more):
-        module = load(path)
-        for name in ("continue_texts", "continue_in_blocks"):
-            if hasattr(module, name):
-                setattr(module, name, short_samples)
-        options = [*which, *training_options(home, 3), "--block_size=16", "--out", out]
-        options += kind.needs.format(home=home, causal=causal).split()
+        needs = kind.needs.format(home=home, causal=causal).split()
         with pytest.MonkeyPatch.context() as m:
             make_quick(m)
-            run_module(module, path, *options, *more)
+            options = ["--block_size=16", "--out", out, *needs, *more]
+            train_script(home, kind.command, *options, steps=3)
 
     whole = tmp_path_factory.mktemp("whole")
     run(whole)
@@ -396,54 +362,48 @@ def test_a_checkpoint_says_what_it_is(stage):
     assert kind.has_average != equal(dict(last["model"]), dict(last["average"]))
 
 
-def test_the_average_is_judged_and_steps_depend_on_their_own_generators_alone(
+def test_an_average_of_zeros_is_judged_and_the_global_seed_counts_for_nothing(
     stage, tmp_path, monkeypatch
 ):
-    """An average that is always zero, and another global seed, change what is judged and not the
-    steps."""
     kind, run, whole = stage
+    zero_grad = torch.optim.AdamW.zero_grad
 
     def forget(average, model, step):
         for p in average.parameters():
             p.data.zero_()
-
-    monkeypatch.setattr(engine.train, "update_average", forget)
-    zero_grad = torch.optim.AdamW.zero_grad
 
     def reseed(self):
         torch.manual_seed(99)
         np.random.seed(99)
         zero_grad(self)
 
+    monkeypatch.setattr(engine.train, "update_average", forget)
     monkeypatch.setattr(torch.optim.AdamW, "zero_grad", reseed)
     run(tmp_path)
-    is_equal = dict(val=set(), norm=set())
     for line, other in zip(lines_of(tmp_path, kind.name), lines_of(whole, kind.name)):
-        is_equal["val" if "val" in line else "norm"].add(line == other)
-    assert is_equal == dict(norm={True}, val={not kind.has_average})
+        assert (line != other) == (kind.has_average and "val" in line)
 
 
 def test_two_processes_compute_what_two_micro_batches_do(home, tmp_path, monkeypatch):
     """Of the VAE. This process is the first, with the variables that torchrun sets."""
     options = [*training_options(home, 2), "--eval_interval=1", "--teacher=none", "--out"]
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = str(s.getsockname()[1])
-    shared = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
     one, two = tmp_path / "one", tmp_path / "two"
-    run_module(load("train_vae.py"), "train_vae.py", *options, one, "--accumulate=2")
-    command = list(map(str, [sys.executable, ROOT / "train_vae.py", *options, two]))
-    second = subprocess.Popen(command, env=dict(os.environ, **shared, RANK="1"))
+    script("train_vae.py", *options, one, "--accumulate=2")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    shared = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
+    command = [sys.executable, ROOT / "train_vae.py", *options, two]
+    second = subprocess.Popen(list(map(str, command)), env=dict(os.environ, **shared, RANK="1"))
     for name, value in dict(shared, RANK="0").items():
         monkeypatch.setenv(name, value)
-    run_module(load("train_vae.py"), "train_vae.py", *options, two)
+    script("train_vae.py", *options, two)
     assert second.wait() == 0
-    one_state, two_state = [load_checkpoint(out / "vae.pt", "vae", "") for out in (one, two)]
-    assert one_state["accumulate"] == two_state["accumulate"] == 2
-    for name, x in one_state["model"].items():
-        assert torch.allclose(x, two_state["model"][name], atol=1e-5), name
-    first_losses = [lines_of(out, "vae")[0]["loss"] for out in (one, two)]
-    assert first_losses[0] == pytest.approx(first_losses[1], abs=1e-5)
+    assert lines_of(one, "vae")[0]["loss"] == pytest.approx(lines_of(two, "vae")[0]["loss"])
+    one, two = [load_checkpoint(out / "vae.pt", "vae", "") for out in (one, two)]
+    assert one["accumulate"] == two["accumulate"] == 2
+    for name, x in one["model"].items():
+        assert torch.allclose(x, two["model"][name], atol=1e-5), name
 
 
 def test_the_weight_of_a_micro_batch_is_what_its_loss_is_a_mean_by():
