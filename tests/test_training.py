@@ -20,7 +20,7 @@ import engine.train
 from engine.checkpoint import load_checkpoint
 from engine.config import TrainConfig, UserError
 from engine.train import Stage, learning_rate, minutes, train, update_average
-from tests.helpers import ROOT, load, make_quick, script, snapshot, training_options
+from tests.helpers import ROOT, make_quick, script, snapshot, training_options
 from tests.helpers import train as train_script
 from textldm import TARGET, TransformerConfig, make_batch, weighted_mean
 
@@ -224,22 +224,17 @@ class Killed(BaseException):
     """The process ends without warning."""
 
 
-def end_at(monkeypatch, place, n, how, is_after=False):
-    """Ends the process before (or after) the n-th call of a function, by a signal or a kill."""
+def end_at(monkeypatch, place, n, how):
+    """Ends the process before the n-th call of a function, by a signal or a kill."""
     function, calls = pkgutil.resolve_name(place), []
-
-    def end(is_now):
-        if len(calls) == n and is_now:
-            if how == "kill":
-                raise Killed
-            os.kill(os.getpid(), getattr(signal, how))
 
     def counting(*given, **options):
         calls.append(given)
-        end(not is_after)
-        result = function(*given, **options)
-        end(is_after)
-        return result
+        if len(calls) == n:
+            if how == "kill":
+                raise Killed
+            os.kill(os.getpid(), getattr(signal, how))
+        return function(*given, **options)
 
     monkeypatch.setattr(place, counting)
 
@@ -265,10 +260,10 @@ def check_equal(out, expected, name, kind):
     assert (out / metrics).read_text() == (expected / metrics).read_text()
 
 
-PLACES = [("torch.optim.AdamW.step", 3, False), ("tests.test_training.Toy.judge", 1, False)]
-# The first write is of the run's start. After step 2 the model and the run are written, and after
-# step 4 the run, and the model where the latest is kept.
-PLACES += [("os.replace", n, is_after) for n in (2, 3, 4) for is_after in (False, True)]
+PLACES = [("torch.optim.AdamW.step", 3), ("tests.test_training.Toy.judge", 1)]
+# The first write is of the run's start. After step 2 the model is written, and then the run. After
+# step 4 the model is written where the latest is kept, and else the run.
+PLACES += [("os.replace", n) for n in (2, 3, 4)]
 
 
 @pytest.mark.parametrize("how", ["kill", "SIGINT", "SIGTERM", "SIGHUP"])
@@ -278,7 +273,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, monkeypatch, kept, pl
     options = dict({kept: True}, max_steps=5, eval_interval=2)
     run_toy(tmp_path / "whole", **options)
     with monkeypatch.context() as m, pytest.raises((Killed, SystemExit)) as e:
-        end_at(m, *place[:2], how, place[2])
+        end_at(m, *place, how)
         run_toy(tmp_path / "out", **options)
     assert how == "kill" or "the same command with --resume goes on" in str(e.value)
     with open(tmp_path / "out/toy.jsonl", "a") as f:
@@ -349,17 +344,8 @@ def test_a_resumed_stage_equals_an_undisturbed_one(stage, tmp_path, monkeypatch)
     assert load_checkpoint(tmp_path / f"{kind.name}_last.pt", kind.kind, "")["step"] == 2
     run(tmp_path, "--resume")
     check_equal(tmp_path, whole, kind.name, kind.kind)
-
-
-def test_a_checkpoint_says_what_it_is(stage):
-    kind, _, whole = stage
-    state = load_checkpoint(whole / f"{kind.name}.pt", kind.kind, "")
-    last = load_checkpoint(whole / f"{kind.name}_last.pt", kind.kind, "")
-    assert state["config"]["n_embd"] == 16 and state["config"]["vocab_size"] == 300
+    state = load_checkpoint(tmp_path / f"{kind.name}.pt", kind.kind, "")
     assert state["tokenizer"]["encoding"] == "bpe" and "AdamW" not in state
-    assert last["step"] == last["horizon"] == 3
-    assert ("Muon" in last) == (kind.kind not in ("vae", "causal_vae"))
-    assert kind.has_average != equal(dict(last["model"]), dict(last["average"]))
 
 
 def test_an_average_of_zeros_is_judged_and_the_global_seed_counts_for_nothing(
@@ -404,12 +390,3 @@ def test_two_processes_compute_what_two_micro_batches_do(home, tmp_path, monkeyp
     assert one["accumulate"] == two["accumulate"] == 2
     for name, x in one["model"].items():
         assert torch.allclose(x, two["model"][name], atol=1e-5), name
-
-
-def test_the_weight_of_a_micro_batch_is_what_its_loss_is_a_mean_by():
-    tokens = torch.arange(6).view(2, 3)
-    segment = torch.tensor([[0, 1, 1], [0, 0, 1]])
-    weight = torch.tensor([[1, 1, 0.1], [1, 1, 0.1]])
-    batch = make_batch(tokens, segment, weight)
-    assert load("train_vae.py").weight_of(batch).item() == pytest.approx(4.2)
-    assert load("train_dit.py").weight_of(batch).item() == pytest.approx(1.2)
