@@ -26,12 +26,12 @@ def documents_in(folder, longest=5):
 
 
 def test_rows_of_documents_by_hand(tmp_path):
-    """A tenth of the rows that begin a text have no context, and more where that is the cut."""
     corpus = Corpus(documents_in(tmp_path), "train", 3)
     batch = corpus.batch(np.random.default_rng(0), 6000, 3)
     cuts = (batch.segment == 0).sum(1).tolist()
     seen = Counter(zip(map(tuple, batch.tokens.tolist()), cuts))
     begin, middle, end, short = (1, 2, 3), (2, 3, 4), (3, 4, END), (5, END, END)
+    # A tenth has no context, and so has one cut of each length.
     share = {(begin, 0): (0.1 + 0.3) / 6, (begin, 1): 0.3 / 6, (begin, 2): 0.3 / 6}
     for row in (middle, end):  # a context of one token stands for none
         share |= {(row, 1): (0.1 + 0.6) / 6, (row, 2): 0.3 / 6}

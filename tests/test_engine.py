@@ -108,7 +108,6 @@ def test_networks_and_optimiser_multiply_in_what_the_hardware_has(
 
 
 def test_recomputed_blocks_give_the_same_gradients():
-    """The backward pass computes a block again, and not for the guess, which has no gradient."""
     options = dict(predict_tokens=True, self_condition=True, adaln=True)
     dit = textldm.TextDiT(DiTConfig(**SMALL, block_size=N, channels=C, **options))
     for p in dit.parameters():
@@ -153,12 +152,11 @@ class Places:
 
 
 def test_the_mean_latent_of_a_token_by_hand():
-    """Token 0 is at places 0 and 2 and alone: 0.2/3. Token 1 at place 1: 1.1. The tail is left
-    out."""
     tokens = torch.tensor([[0, 1, 0, 2]])
     weight = torch.tensor([[1, 1, 1, 0.1]])
     batch = make_batch(tokens, torch.ones_like(tokens), weight)
     mean, unexplained = mean_latents(Places(), [batch])
+    # Token 0 is at places 0 and 2 and alone: 0.2/3. Token 1 is at place 1, and token 2 in the tail.
     assert mean[:, 0].tolist() == pytest.approx([0.2 / 3, 1.05, 2])
     apart = [0.2 / 3, 0.05, 0.2 - 0.2 / 3]
     assert unexplained == pytest.approx(sum(x * x for x in apart) / 3)
@@ -243,16 +241,15 @@ OPTIONS = ["--from_decoder", "--no-from_decoder", "--n_embd=32", "--n_head=1"]
 def test_a_dit_begins_as_the_decoder_and_measures_training_rows(
     home, tmp_path, monkeypatch, option
 ):
-    """Of four blocks two each begin as one of the decoder's, with the gates of adaLN shut."""
     make_quick(monkeypatch)
     options = [*training_options(home), "--vae", home / "out/vae.pt", "--out", tmp_path, option]
     stage, _, weight_of, _ = stage_of("train_dit.py", *options, "--n_layer=4", "--adaln")
     vae = build(textldm.TextVAE, VAEConfig, load_checkpoint(home / "out/vae.pt", "vae", ""))
     for i, block in enumerate(stage.model.transformer.h):
-        original = vae.decoder.h[i // 2]
+        original = vae.decoder.h[i // 2]  # of two blocks to four
         is_copied = torch.equal(block.mlp.c_fc.weight, original.mlp.c_fc.weight)
         assert is_copied == (option == "--from_decoder")
-        assert not block.adaln.weight.any()
+        assert not block.adaln.weight.any(), "its gates are shut"
     rows = Corpus(home / "data", "train", 64).fixed_batches(2, "cpu")
     of_targets = rows[0].weight.flatten()[rows[0].targets].sum()
     assert weight_of(rows[0]).item() == pytest.approx(of_targets.item())

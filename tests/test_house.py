@@ -52,13 +52,12 @@ def blocks_of(name, language):
 
 
 def test_each_snippet_of_from_gpt_stands_in_the_file():
-    """Its lines stand there one after another, but where `...` leaves some out."""
     lines = [line.strip() for line in (ROOT / "textldm.py").read_text().splitlines()]
     snippets = blocks_of("from_gpt.md", "python")
     assert len(snippets) >= 6
     for snippet in snippets:
         at = 0
-        for part in re.split(r"^ *\.\.\.\n", snippet, flags=re.M):
+        for part in re.split(r"^ *\.\.\.\n", snippet, flags=re.M):  # it leaves some lines out
             part = [line.strip() for line in part.splitlines()]
             while lines[at : at + len(part)] != part:
                 at += 1
@@ -67,7 +66,6 @@ def test_each_snippet_of_from_gpt_stands_in_the_file():
 
 
 def test_each_solution_of_the_tour_fits_the_files():
-    """What a diff removes or shows stands in one place of one file."""
     files = [(ROOT / name).read_text() for name in ("textldm.py", "sample.py")]
     diffs = blocks_of("tour.md", "diff")
     assert len(diffs) >= 9

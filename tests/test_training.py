@@ -54,18 +54,23 @@ class ToyCorpus:
         return make_batch(tokens, torch.full((B, N), TARGET), tokens)
 
 
-def loss_of(net, batch, generator, step):
-    return dict(loss=net(batch))
+def run_toy(folder, evaluate=lambda toy: toy.judge(), scale=1, **options):
+    """Trains a Toy. Options are those of its TrainConfig and of its Stage. Returns for each
+    micro-batch the length of its rows, their token, and the seed of its loss."""
+    seen = []
 
+    def loss_of(net, batch, generator, step):
+        B, N = batch.tokens.shape
+        seen.append((N, batch.tokens[0, 0].item(), generator.initial_seed()))
+        return dict(loss=scale * net(batch))
 
-def run_toy(folder, evaluate=lambda toy: toy.judge(), loss_of=loss_of, **options):
-    """Trains a Toy. Options are those of its TrainConfig and of its Stage."""
     values = dict(out=str(folder), device="cpu", batch_size=1, max_steps=2, eval_interval=1)
     values |= dict(log_interval=1, warmup=0, learning_rate=0.1, weight_decay=0.0) | options
     identity = dict(kind=values.pop("kind", "toy"))
     more = {key: values.pop(key) for key in ("has_average", "keeps_latest") if key in values}
     stage = Stage("toy", TrainConfig(**values), ToyCorpus(), Toy(), identity, **more)
     train(stage, loss_of, lambda batch: batch.weight.sum(), evaluate)
+    return seen
 
 
 def lines_of(folder, name="toy"):
@@ -77,23 +82,20 @@ def state_of(folder, end=""):
 
 
 def test_micro_batches_weigh_as_their_tokens_and_gradients_have_norm_1(tmp_path, monkeypatch):
-    batches, gradients = [], []
+    gradients = []
     step = torch.optim.AdamW.step
 
-    def remember_batch(net, batch, generator, step):
-        batches.append(batch.tokens.flatten())
-        return loss_of(net, batch, generator, step)
-
-    def remember_gradient(self, *given):
+    def remember(self, *given):
         gradients.append(self.param_groups[0]["params"][0].grad.item())
         return step(self, *given)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", remember_gradient)
-    run_toy(tmp_path, loss_of=remember_batch, accumulate=2)
-    tokens = torch.cat(batches[:2])  # of the first step, where the number is 0
+    monkeypatch.setattr(torch.optim.AdamW, "step", remember)
+    seen = run_toy(tmp_path, accumulate=2)
+    N, token, _ = np.array(seen[:2]).T  # of the first step, where the number is 0
     first = lines_of(tmp_path)[0]
-    assert first["loss"] == pytest.approx((tokens**3).sum() / tokens.sum())
-    assert first["norm"] == pytest.approx(2 * (tokens**2).sum() / tokens.sum()), "not yet clipped"
+    assert first["loss"] == pytest.approx((N * token**3).sum() / (N * token).sum())
+    slope = 2 * (N * token**2).sum() / (N * token).sum()
+    assert first["norm"] == pytest.approx(slope), "before it is clipped"
     assert gradients == pytest.approx([-1, -1], abs=1e-4)
 
 
@@ -167,12 +169,9 @@ def test_an_earlier_run_is_spared(tmp_path, options, words):
 
 
 def test_an_earlier_run_is_replaced_on_request_or_if_it_had_only_begun(tmp_path):
-    def infinite(net, batch, generator, step):
-        return dict(loss=net(batch) * math.inf)
-
     run_toy(tmp_path, max_steps=3)
     with pytest.raises(UserError, match="step 0: loss is not finite; --resume at a lower"):
-        run_toy(tmp_path, loss_of=infinite, overwrite=True)
+        run_toy(tmp_path, scale=math.inf, overwrite=True)
     assert lines_of(tmp_path) == []
     last = state_of(tmp_path, "_last")
     assert last["step"] == last["model"]["number"] == 0, "its weights are not spoilt"
@@ -183,17 +182,7 @@ def test_an_earlier_run_is_replaced_on_request_or_if_it_had_only_begun(tmp_path)
 
 def test_rows_and_noise_depend_on_seed_step_and_micro_batch(tmp_path, monkeypatch):
     def drawn(name, **options):
-        """Of each micro-batch its rows' length and token, and the seed of its loss."""
-        seen = []
-
-        def remember(net, batch, generator, step):
-            token = batch.tokens[0, 0].item()
-            seen.append((batch.tokens.shape[1], token, generator.initial_seed()))
-            return loss_of(net, batch, generator, step)
-
-        options = dict(eval_interval=99, max_steps=40) | options
-        run_toy(tmp_path / name, loss_of=remember, **options)
-        return seen
+        return run_toy(tmp_path / name, **(dict(eval_interval=99, max_steps=40) | options))
 
     both = drawn("both", accumulate=2)
     lengths, tokens, seeds = map(set, zip(*both))
