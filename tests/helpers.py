@@ -86,8 +86,9 @@ def script(path, *arguments):
 def stage_of(path, *arguments):
     """What a script gives to engine.train.train: a Stage, and three functions."""
     module, found = load(path), []
-    module.train = lambda *given: found.extend(given)
-    run_module(module, path, *arguments)
+    with pytest.MonkeyPatch.context() as m:  # other scripts import this module
+        m.setattr(module, "train", lambda *given: found.extend(given))
+        run_module(module, path, *arguments)
     return found
 
 

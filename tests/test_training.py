@@ -349,7 +349,6 @@ def test_an_average_of_zeros_is_judged_and_the_global_seed_counts_for_nothing(
 
     def reseed(self):
         torch.manual_seed(99)
-        np.random.seed(99)
         zero_grad(self)
 
     monkeypatch.setattr(engine.train, "update_average", forget)
