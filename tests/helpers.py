@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import engine.evaluation
+import textldm
 from engine.corpus import Corpus
 from engine.terminal import run_script
 
@@ -39,6 +40,7 @@ def short_samples(vae, dit, prompts, *more):
 
 def make_quick(monkeypatch):
     monkeypatch.setattr(Corpus, "fixed_batches", few_fixed_batches)
+    monkeypatch.setattr(textldm, "continue_texts", short_samples)  # for scripts loaded from now on
     monkeypatch.setattr(engine.evaluation, "continue_texts", short_samples)
 
 
@@ -79,6 +81,15 @@ def run_module(module, path, *arguments):
 def script(path, *arguments):
     """Runs a script in this process, as the command line would."""
     run_module(load(path), path, *arguments)
+
+
+def stage_of(path, *arguments):
+    """What a script gives to engine.train.train: a Stage, and three functions."""
+    module, found = load(path), []
+    with pytest.MonkeyPatch.context() as m:  # other scripts import this module
+        m.setattr(module, "train", lambda *given: found.extend(given))
+        run_module(module, path, *arguments)
+    return found
 
 
 def training_options(home, steps=4):
