@@ -2,8 +2,7 @@
 
     python -m pytest test_textldm.py
 
-Each test guards one property and fails when it is broken. This file needs torch, pytest and
-textldm.py, and can be copied together with it.
+This file needs torch, pytest and textldm.py, and can be copied together with it.
 """
 
 import ast
@@ -38,12 +37,8 @@ SIZES = dict(n_layer=2, n_head=2, n_embd=E)
 SMALL = dict(SIZES, block_size=N, vocab_size=V)
 
 
-# ---- What the tests are made of ------------------------------------------------------------------
-
-
 @pytest.fixture(autouse=True)
 def same_numbers():
-    """Each test draws the same numbers, whichever ran before it."""
     torch.manual_seed(0)
 
 
@@ -68,7 +63,8 @@ def our_config(config_type, **options):
 
 
 def make_vae(vae_type=TextVAE, **options):
-    return randomise(vae_type(our_config(VAEConfig, teacher_embd=E_TEACHER, **options)))
+    config = our_config(VAEConfig, **{"teacher_embd": E_TEACHER, **options})
+    return randomise(vae_type(config))
 
 
 def make_dit(dit_type=TextDiT, config_type=DiTConfig, **options):
@@ -99,13 +95,6 @@ def same_rows(batch, **changes):
     """The batch with other tokens, segment or weight."""
     parts = dict(tokens=batch.tokens, segment=batch.segment, weight=batch.weight)
     return make_batch(**{**parts, **changes})
-
-
-def padded_rows(batch):
-    """The rows of a batch, with padding behind them."""
-    tokens = F.pad(batch.tokens, (0, 5), value=EOT)
-    segment = F.pad(batch.segment, (0, 5), value=PADDING)
-    return make_batch(tokens, segment, F.pad(batch.weight, (0, 5)))
 
 
 def change_tokens(tokens, where):
@@ -169,7 +158,6 @@ def test_positions_enter_attention_by_their_difference():
     x = torch.randn(3, N, E)
     y, shifted = (attention(x, turn=rotary(torch.arange(N) + a, E // 2)) for a in (0, 5))
     assert torch.allclose(y, shifted, atol=1e-4)
-    assert not torch.allclose(y, attention(x), atol=1e-2)
 
 
 @pytest.mark.parametrize("adaln, expected", [(False, [-109, 113]), (True, [-1259, 6123])])
@@ -179,8 +167,7 @@ def test_a_block_by_hand(watch, adaln, expected):
     watch(block.mlp, "forward", lambda call: 100 * call.x)
     if adaln:
         block.adaln.weight.data.zero_()
-        shifts_scales_gates = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
-        block.adaln.bias.data = shifts_scales_gates.repeat_interleave(2)
+        block.adaln.bias.data = torch.arange(1.0, 7.0).repeat_interleave(2)
     x = torch.tensor([[[1.0, 3.0]]])  # its norm is [-1, 1], with adaln 3 [-1, 1] + 1
     y = block(x, time_emb=torch.ones(1, 1, 2))
     assert y[0, 0].tolist() == pytest.approx(expected, rel=1e-3)
@@ -189,10 +176,9 @@ def test_a_block_by_hand(watch, adaln, expected):
 @pytest.mark.parametrize("network_type, expected", [(Transformer, 0.841345), (GPT, 0.841192)])
 def test_an_mlp_has_a_gelu_and_gpt2s_is_of_tanh(network_type, expected):
     mlp = network_type(TransformerConfig(**SMALL)).h[0].mlp
-    for p in mlp.parameters():
-        p.data.zero_()
-    mlp.c_fc.bias.data += 1
-    mlp.c_proj.weight.data += 1 / (4 * E)
+    mlp.c_fc.bias.data.fill_(1)
+    mlp.c_proj.weight.data.fill_(1 / (4 * E))
+    mlp.c_proj.bias.data.zero_()
     assert mlp(torch.zeros(E))[0].item() == pytest.approx(expected, abs=1e-5)
 
 
@@ -200,30 +186,24 @@ def test_a_transformer_knows_the_order_and_ends_in_a_norm():
     transformer = Transformer(TransformerConfig(**SMALL))
     x = torch.randn(3, N, E)
     y = transformer(x)
-    assert y.mean(-1).abs().max() < 1e-3
-    assert (y.var(-1, correction=0) - 1).abs().max() < 1e-2
+    assert torch.allclose(y, F.layer_norm(y, (E,)), atol=1e-3)
     assert not torch.allclose(transformer(x.flip(1)).flip(1), y, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "network_type, config_type, options",
-    [
-        (GPT, TransformerConfig, {}),
-        (TextVAE, VAEConfig, dict(channels=32, teacher_embd=32)),
-        (TextDiT, DiTConfig, dict(channels=32, adaln=True, self_condition=True)),
-    ],
-)
-def test_weights_begin_as_gpt2s(network_type, config_type, options):
-    config = config_type(n_layer=8, n_head=2, n_embd=64, vocab_size=V, **options)
-    for name, p in network_type(config).named_parameters():
-        if name.endswith("bias") or ".adaln." in name or name == "to_output.weight":
+def test_weights_begin_as_gpt2s():
+    sizes = dict(n_layer=8, n_head=2, n_embd=64, vocab_size=V)
+    gpt = GPT(TransformerConfig(**sizes))
+    vae = TextVAE(VAEConfig(**sizes, channels=32, teacher_embd=32))
+    dit = TextDiT(DiTConfig(**sizes, channels=32, adaln=True, self_condition=True))
+    for name, p in torch.nn.ModuleList([gpt, vae, dit]).named_parameters():
+        if name.endswith(("bias", "to_output.weight")) or ".adaln." in name:
             assert not p.any(), name
         elif p.dim() >= 2:
             std = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02
             assert p.std().item() == pytest.approx(std, rel=0.2), name
 
 
-def test_a_gpt_knows_its_past_in_order_and_not_its_future():
+def test_a_gpt_knows_its_past_and_positions_and_not_its_future():
     gpt = make_gpt()
     tokens = example_batch().tokens
     logits = gpt(tokens)
@@ -231,8 +211,8 @@ def test_a_gpt_knows_its_past_in_order_and_not_its_future():
         changed = gpt(change_tokens(tokens, torch.arange(N) == i))
         assert torch.equal(changed[:, :i], logits[:, :i])
         assert not torch.isclose(changed[:, i:], logits[:, i:]).all(-1).any()
-    swapped = tokens[:, [1, 0, *range(2, N)]]
-    assert not torch.allclose(gpt(swapped)[:, -1], logits[:, -1], atol=1e-4)
+    of_equal_tokens = gpt(torch.zeros_like(tokens))
+    assert not torch.isclose(of_equal_tokens[:, 1:], of_equal_tokens[:, :-1]).all(-1).any()
     h = gpt.ln_f(gpt.hidden_states(tokens, 2))
     assert torch.allclose(logits, h @ gpt.wte.weight.T, atol=1e-4)
 
@@ -251,91 +231,20 @@ def test_features_are_of_the_third_to_last_layer_after_an_end_of_text(watch, n_l
     assert not features.requires_grad
 
 
-# ---- Who sees whom -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("place", [0, 1, 5, N - 1])
-def test_a_vae_reads_all_of_a_segment_and_nothing_of_the_other(vae, place):
-    batch = example_batch()
-    changed = change_tokens(batch.tokens, torch.arange(N) == place)
-    z, z_changed = (vae.latents(tokens, batch.segment) for tokens in (batch.tokens, changed))
-    logits, logits_changed = (vae.decode(x, batch.segment) for x in (z, z_changed))
-    is_seen = batch.segment == batch.segment[:, place, None]
-    for before, after in ((z, z_changed), (logits, logits_changed)):
-        assert torch.equal(before[~is_seen], after[~is_seen])
-        assert not torch.isclose(before, after)[is_seen].all(-1).any()
-
-
-@pytest.mark.parametrize("part", [CONTEXT, TARGET])
-def test_one_masked_pass_equals_two_separate_ones(vae, part):
-    batch = example_batch()
-    z = vae.latents(batch.tokens, batch.segment)
-    logits = vae.decode(z, batch.segment)
-    for i, is_part in enumerate(batch.segment == part):
-        alone = batch.tokens[i, is_part][None]
-        one_segment = torch.zeros_like(alone)
-        z_alone = vae.latents(alone, one_segment)[0]
-        logits_alone = vae.decode(z[i, is_part][None], one_segment)[0]
-        assert torch.allclose(z_alone, z[i, is_part], atol=1e-4)
-        assert torch.allclose(logits_alone, logits[i, is_part], atol=1e-3)
-
-
-def test_a_dit_knows_the_whole_row_and_by_its_options_the_time_and_a_guess(dit):
-    segment = example_batch().segment
-    x, guess = torch.randn(2, 4, N, C)
-    given = dict(x=x, segment=segment, t=torch.full((4,), 0.5), guess=guess)
-    output = dit(**given)
-
-    def is_told(**changes):
-        return not torch.allclose(dit(**{**given, **changes}), output, atol=1e-4)
-
-    for place in (0, N - 1):
-        other = dit(**{**given, "x": x + (torch.arange(N) == place)[:, None]})
-        assert not torch.isclose(other, output).all(-1).any()
-    assert is_told(segment=all_target(4))
-    assert is_told(t=torch.full((4,), 0.6)) == dit.config.adaln
-    assert is_told(guess=None) == dit.config.self_condition
-    assert torch.equal(dit(**{**given, "guess": None}), dit(**{**given, "guess": 0 * guess}))
-    is_target = (segment == TARGET)[..., None]
-    assert not is_told(guess=torch.where(is_target, guess, 5.0))
-
-
-def test_padding_changes_no_number_of_the_vae(vae):
-    batch = example_batch()
-    padded = padded_rows(batch)
-    features = torch.randn(4, N + 5, E_TEACHER)
-    report, padded_report = vae(batch, features[:, :N]), vae(padded, features)
-    for name in report:
-        assert torch.allclose(report[name], padded_report[name], rtol=1e-4), name
-    found = []
-    for b in (batch, padded):
-        vae.standardise([b])
-        found.append(vae.latents(b.tokens, b.segment)[:, :N])
-    assert torch.allclose(*found, atol=1e-4)
-
-
-@pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_padding_changes_no_estimate(dit, scale):
-    segment = padded_rows(example_batch()).segment
-    z, guess = torch.randn(2, 4, N + 5, C)
-    t = torch.tensor(0.6)
-    found = []
-    for n in (N, N + 5):
-        given = dit, z[:, :n], t, guess[:, :n], segment[:, :n], Sampling(cfg_scale=scale)
-        found.append(guided_estimate(*given)[:, :N])
-    assert torch.allclose(*found, rtol=1e-4, atol=1e-4)
-
-
 # ---- Stage 1 -------------------------------------------------------------------------------------
 
 
-def test_a_batch_counts_no_tail_and_lists_its_targets():
-    segment = torch.tensor([[CONTEXT, TARGET, TARGET], [CONTEXT, CONTEXT, TARGET]])
-    weight = torch.tensor([[1, 1, 1], [1, 1, TAIL_WEIGHT]])
-    batch = make_batch(torch.zeros(2, 3), segment, weight)
-    assert batch.targets.tolist() == [1, 2, 5]
-    assert batch.counted.tolist() == [[True, True, True], [True, True, False]]
-    assert weighted_mean(torch.ones(2), torch.zeros(2)) == 0
+@pytest.mark.parametrize("place", [0, 1, 5, N - 1, N])
+def test_a_vae_reads_all_of_a_segment_and_nothing_of_others(vae, place):
+    segment = F.pad(example_batch().segment, (0, 5), value=PADDING)
+    tokens = torch.randint(0, V, segment.shape)
+    changed = change_tokens(tokens, torch.arange(N + 5) == place)
+    z, z_changed = (vae.latents(x, segment) for x in (tokens, changed))
+    logits, logits_changed = (vae.decode(x, segment) for x in (z, z_changed))
+    is_seen = segment == segment[:, place, None]
+    for before, after in ((z, z_changed), (logits, logits_changed)):
+        assert torch.equal(before[~is_seen], after[~is_seen])
+        assert not torch.isclose(before, after)[is_seen].all(-1).any()
 
 
 def test_the_loss_of_a_vae_by_hand(watch):
@@ -350,15 +259,12 @@ def test_the_loss_of_a_vae_by_hand(watch):
     watch(vae, "decode", lambda call: p.log())
     watch(vae, "alignment", lambda call: cos)
 
-    ce = [-math.log(0.8), -math.log(0.25), -math.log(0.1)]
-    kl = [(1 + 4) / 2, (9 + 2 - 1 - math.log(2)) / 2, 0]
-    losses = [ce[i] + 0.25 * kl[i] - 2 * cos[0, i].item() for i in range(3)]
-    loss = (losses[0] + losses[1] + 0.1 * losses[2]) / 2.1
-    expected = [(ce[0] + ce[1]) / 2, (kl[0] + kl[1]) / 2, 0.2, 0.5, loss]
+    # The loss of a token is ce + 0.25 kl - 2 cos. The third token is of the tail.
+    expected = dict(ce=0.80472, kl=3.57671, cos=0.2, accuracy=0.5, loss=1.25145)
     report = vae(batch, features=cos, beta=0.25)
-    assert list(report) == ["ce", "kl", "cos", "accuracy", "loss"]
-    assert [x.item() for x in report.values()] == pytest.approx(expected, rel=1e-4)
+    assert {k: x.item() for k, x in report.items()} == pytest.approx(expected, rel=1e-4)
     assert vae(batch)["cos"] == 0, "without features nothing is aligned"
+    assert weighted_mean(torch.ones(2), torch.zeros(2)) == 0
 
 
 def test_the_decoder_reads_a_draw_from_the_posterior_or_its_mean(vae, watch):
@@ -373,26 +279,23 @@ def test_the_decoder_reads_a_draw_from_the_posterior_or_its_mean(vae, watch):
     assert torch.allclose(read[1].z, mu + 3 * noise)
 
 
-@pytest.mark.parametrize("bias, expected", [(1e3, 10), (-1e3, -20)])
-def test_a_variance_has_bounds_and_a_mean_has_none(vae, bias, expected):
-    vae.to_posterior.bias.data.fill_(bias)
-    mu, logvar, _ = vae.posterior(example_batch().tokens, all_target(4))
-    assert (logvar == expected).all()
-    assert (mu / bias > 0.9).all()
+def test_a_variance_has_bounds(vae):
+    vae.to_posterior.bias.data = torch.tensor(C * [0] + 3 * [1e3, -1e3])
+    _, logvar, _ = vae.posterior(torch.tensor([[7]]), all_target(1, 1))
+    assert logvar[0, 0].tolist() == 3 * [10, -20]
 
 
 @pytest.mark.parametrize("repa_latents", [True, False])
 def test_repa_is_the_cosine_of_latents_or_features_to_standardised_ones(repa_latents):
-    vae = make_vae(repa_latents=repa_latents)
-    vae.teacher_mean.normal_()
-    vae.teacher_std.uniform_(0.5, 2)
+    vae = make_vae(repa_latents=repa_latents, teacher_embd=2)
+    vae.teacher_mean.copy_(torch.tensor([1.0, 2.0]))
+    vae.teacher_std.copy_(torch.tensor([0.5, 2.0]))
     vae.to_teacher.weight.data *= 1e-9
-    vae.to_teacher.bias.data = torch.tensor([3.0, 4.0] + 18 * [0])
-    standardised = torch.tensor([8.0, 6.0] + 18 * [0])  # cosine (24 + 24) / (5 * 10)
-    features = (standardised * vae.teacher_std + vae.teacher_mean).requires_grad_()
-    mu, h = torch.randn(C).requires_grad_(), torch.randn(E).requires_grad_()
+    vae.to_teacher.bias.data = torch.tensor([3.0, 4.0])
+    features = torch.tensor([5.0, 14.0], requires_grad=True)  # standardised [8, 6]
+    mu, h = torch.randn(C, requires_grad=True), torch.randn(E, requires_grad=True)
     cos = vae.alignment(mu, h, features)
-    assert cos.item() == pytest.approx(0.96)
+    assert cos.item() == pytest.approx((24 + 24) / (5 * 10))
     cos.backward()
     assert [mu.grad is not None, h.grad is not None] == [repa_latents, not repa_latents]
     assert features.grad is None
@@ -418,34 +321,41 @@ def test_standardised_latents_by_hand(vae, watch):
 # ---- Stage 2 -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variety", VARIETIES)
-def test_an_untrained_dit_says_zero_and_its_gates_are_shut(variety):
-    dit = TextDiT(our_config(DiTConfig, **VARIETIES[variety]))
-    x = torch.randn(3, N, C)
-    assert not dit(x, all_target(3), torch.rand(3), x).any(), "all tokens alike, or no velocity"
-    h = torch.randn(3, N, E)
-    y = dit.transformer.h[0](h, time_emb=torch.randn(3, 1, E))
-    assert torch.equal(y, h) == dit.config.adaln
+def test_a_dit_knows_the_whole_row_and_by_its_options_the_time_and_a_guess(dit):
+    segment = example_batch().segment
+    x, guess = torch.randn(2, 4, N, C)
+    given = dict(x=x, segment=segment, t=torch.full((4,), 0.5), guess=guess)
+    output = dit(**given)
+
+    def is_told(**changes):
+        return not torch.allclose(dit(**{**given, **changes}), output, atol=1e-4)
+
+    for place in (0, N - 1):
+        other = dit(**{**given, "x": x + (torch.arange(N) == place)[:, None]})
+        assert not torch.isclose(other, output).all(-1).any()
+    assert is_told(segment=all_target(4))
+    assert is_told(t=torch.full((4,), 0.6)) == dit.config.adaln
+    assert is_told(guess=None) == dit.config.self_condition
+    assert torch.equal(dit(**{**given, "guess": None}), dit(**{**given, "guess": 0 * guess}))
+    is_target = (segment == TARGET)[..., None]
+    assert not is_told(guess=torch.where(is_target, guess, 5.0))
 
 
-@pytest.mark.parametrize("temperature", [0.1, 1.0])
-def test_a_velocity_by_hand(temperature):
+def test_a_velocity_by_hand():
     dit = make_dit(predict_tokens=False)
     v, z_0, eps, z_t = torch.tensor([[[1.0, 2.0]], [[0.0, 1.0]], [[2.0, 1.0]], [[3.0, 4.0]]])
     assert dit.loss(v, None, z_0, eps).tolist() == [(1 + 4) / 2]
-    assert dit.estimate(v, z_t, torch.tensor(0.5), temperature).tolist() == [[2.5, 3.0]]
+    assert dit.estimate(v, z_t, torch.tensor(0.5), temperature=0.1).tolist() == [[2.5, 3.0]]
 
 
-@pytest.mark.parametrize(
-    "temperature, expected", [(1.0, [0.8, 0.4]), (0.5, [0.64 / 0.68, 0.08 / 0.68]), (0.0, [1, 0])]
-)
-def test_a_token_by_hand(temperature, expected):
+def test_a_token_by_hand():
     dit = make_dit(vocab_size=2, channels=2)
     dit.latent_of.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
-    logits = torch.tensor([[0.8, 0.2]]).log() + 7
-    assert dit.loss(logits, torch.tensor([1]), None, None).item() == pytest.approx(math.log(5))
-    estimate = dit.estimate(logits, None, None, temperature)
-    assert estimate[0].tolist() == pytest.approx(expected)
+    logits = torch.tensor([0.8, 0.2]).log() + 7
+    assert dit.loss(logits, torch.tensor(1), None, None).item() == pytest.approx(math.log(5))
+    for temperature, p in ((1.0, 0.8), (0.5, 0.64 / 0.68), (0.0, 1.0)):
+        estimate = dit.estimate(logits, None, None, temperature)
+        assert estimate.tolist() == pytest.approx([p, 2 * (1 - p)])
 
 
 def test_times_by_hand(watch):
@@ -475,8 +385,9 @@ def test_the_loss_noises_targets_alone_and_tells_first_rows_an_estimate(dit, wat
 
     whole_row = dit(call.x, batch.segment, t, call.guess)
     assert torch.allclose(output, whole_row[is_target], atol=1e-5)
-    expected = cross_entropy(whole_row, batch.tokens)
-    if not dit.config.predict_tokens:
+    if dit.config.predict_tokens:
+        expected = cross_entropy(whole_row, batch.tokens)
+    else:
         expected = (whole_row - (eps - z_0)).square().mean(-1)
     assert torch.allclose(loss, expected[is_target], atol=1e-5)
 
@@ -489,8 +400,9 @@ def test_the_loss_noises_targets_alone_and_tells_first_rows_an_estimate(dit, wat
 
 def test_flow_loss_draws_noise_and_times_and_drops_contexts_at_all_times(watch):
     dit = make_dit(context_drop=0.25)
-    batch = example_batch(4001, n=3)
-    is_target = batch.segment == TARGET
+    segment = torch.tensor([CONTEXT, TARGET, TARGET]).expand(4001, 3)
+    batch = same_rows(example_batch(4001, n=3), segment=segment)
+    is_target = segment == TARGET
     losses = torch.rand(is_target.sum())
     calls = watch(textldm, "denoising_loss", lambda call: (losses, None, None, None))
     loss = flow_loss(dit, batch, torch.ones(4001, 3, C), generator(0))
@@ -506,24 +418,16 @@ def test_flow_loss_draws_noise_and_times_and_drops_contexts_at_all_times(watch):
     assert call.t[is_dropped].mean().item() == pytest.approx(call.t.mean().item(), abs=0.03)
     assert torch.equal(is_hidden, is_dropped[:, None] & ~is_target)
     assert (call.z_0[~is_hidden] == 1).all()
-    assert call.eps.mean().item() == pytest.approx(0, abs=0.02)
-    assert call.eps.std().item() == pytest.approx(1, abs=0.02)
+    assert [x.item() for x in torch.std_mean(call.eps)] == pytest.approx([1, 0], abs=0.02)
     assert call.n_guess == 2001, "half of the rows"
 
 
-# ---- Devices and precision -----------------------------------------------------------------------
-
-
 def test_no_step_waits_for_a_gpu(vae, dit, monkeypatch):
-    """Tensors on the meta device have no values. Whatever asks for one raises there, and on a GPU
-    it waits."""
-    # Autocast does not know the device.
+    # What asks for a value waits on a GPU, and raises on the meta device. It has no autocast.
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     teacher = make_gpt(n_embd=E_TEACHER).to("meta")
     vae, dit = vae.to("meta"), dit.to("meta")
     batch = Batch(*[x.to("meta") for x in example_batch()])
-    with pytest.raises(Exception, match="meta"):
-        bool(batch.weight.any())
     z_0 = vae.latents(batch.tokens, batch.segment)
     losses = [
         vae(batch, teacher_features(teacher, batch.tokens))["loss"],
@@ -531,8 +435,7 @@ def test_no_step_waits_for_a_gpu(vae, dit, monkeypatch):
         cross_entropy(teacher(batch.tokens), batch.tokens).mean(),
     ]
     sum(losses).backward()
-    z = denoise(dit, z_0, batch.segment, Sampling(steps=3, cfg_scale=2.0))
-    assert z.shape == z_0.shape
+    denoise(dit, z_0, batch.segment, Sampling(steps=3, cfg_scale=2.0))
 
 
 def test_every_parameter_learns_in_bf16_and_residual_streams_stay_in_fp32(vae, dit, watch):
@@ -540,18 +443,17 @@ def test_every_parameter_learns_in_bf16_and_residual_streams_stay_in_fp32(vae, d
     calls = [watch(block, "forward") for block in blocks]
     batch = example_batch()
     with torch.autocast("cpu", torch.bfloat16):
-        features = torch.randn(4, N, E_TEACHER)
-        vae(batch, features, 0.1, generator(0))["loss"].backward()
+        vae(batch, torch.randn(4, N, E_TEACHER), 0.1, generator(0))["loss"].backward()
         z = vae.latents(batch.tokens, batch.segment).detach()
         flow_loss(dit, batch, z, generator(0)).backward()
         output = dit(z, batch.segment, torch.rand(4), z)
         estimate = dit.estimate(output, z, torch.tensor(0.5))
+        of_targets = dit(z, batch.segment, torch.rand(4), places=batch.targets)
         logits = vae.decode(z, batch.segment)
     for name, p in [*vae.named_parameters(), *dit.named_parameters()]:
-        assert p.grad is not None, name
-        assert p.grad.any(), name
+        assert p.grad is not None and p.grad.any(), name
     streams = [call.x for of_block in calls for call in of_block]
-    for x in (z, output, estimate, logits, *streams):
+    for x in (z, output, estimate, of_targets, logits, *streams):
         assert x.dtype == torch.float32
 
 
@@ -563,54 +465,53 @@ def test_guidance_goes_from_the_estimate_without_context_to_the_one_with_it(dit,
     segment = example_batch().segment
     segment[0] = TARGET  # no prompt
     is_target = segment == TARGET
-    z, guess = torch.randn(2, 4, N, C)
+    padded = F.pad(segment, (0, 5), value=PADDING)
+    z, guess = torch.randn(2, 4, N + 5, C)
     t = torch.tensor(0.6)
+    sampling = Sampling(cfg_scale=scale, temperature=0.5)
+    guided = guided_estimate(dit, z, t, guess, padded, sampling)[:, :N]
 
     def estimate(z, guess):
         output = dit(z, segment, t.expand(4), guess)
         return dit.estimate(output, z, t, 0.5)[is_target]
 
+    z, guess = z[:, :N], guess[:, :N]
     e_c = estimate(z, guess)
     without_context = torch.where(is_target[..., None], z, 0.0)
     e_u = estimate(without_context, None if dit.config.predict_tokens else guess)
     assert not torch.allclose(e_c, e_u, atol=1e-3)
-    sampling = Sampling(cfg_scale=scale, temperature=0.5)
-    guided = guided_estimate(dit, z, t, guess, segment, sampling)
     assert torch.allclose(guided[is_target], e_u + scale * (e_c - e_u), atol=1e-4)
 
 
-def test_two_steps_of_euler_by_hand(watch):
-    dit = make_dit(predict_tokens=False, t_mean=-math.log(3))  # times 1, 1/4, 0
+def test_three_steps_of_euler_by_hand(watch):
+    dit = make_dit(predict_tokens=False)
+    drawn = watch(dit, "times", lambda call: torch.tensor([1, 0.5, 0.25, 0]))
     halve = watch(dit, "forward", lambda call: call.x / (2 * call.t[:, None, None]))
     z = torch.tensor([7.0, 8.0])[None, :, None].expand(1, 2, C)
     segment = torch.tensor([[CONTEXT, TARGET]])
     shown = []
-    sampling = Sampling(steps=2, cfg_scale=1.0)
+    sampling = Sampling(steps=3, cfg_scale=1.0)
     end = denoise(dit, z, segment, sampling, lambda *step: shown.extend(step))
-    assert [call.t.item() for call in halve] == pytest.approx([1, 0.25])
-    assert [call.guess[0, 1, 0].item() for call in halve] == pytest.approx([0, 4])
-    # 8 is halved to 4. 3/4 of this and 1/4 of 8 are 5, which is halved to 2.5.
+    assert drawn[0].u.tolist() == pytest.approx([1, 2 / 3, 1 / 3, 0])
+    assert [call.t.item() for call in halve] == [1, 0.5, 0.25]
+    # Half of 8 is 4, and its noise 8. Their mean is 6. Half of it is 3, and its noise 9. 3/4 of
+    # this 3 and 1/4 of this 9 are 4.5.
     x = torch.cat([*[call.x for call in halve], end])[..., 0]
-    assert torch.allclose(x, torch.tensor([[7, 8], [7, 5], [7, 2.5]]))
-    assert [x.flatten()[-1].item() for x in shown] == pytest.approx([0.25, 4, 0, 2.5])
+    assert x.tolist() == [[7, 8], [7, 6], [7, 4.5], [7, 2.25]]
+    assert [call.guess[0, 1, 0].item() for call in halve] == [0, 4, 3]
+    assert [x.flatten()[-1].item() for x in shown] == [0.5, 4, 0.25, 3, 0, 2.25]
 
 
-def test_rows_are_a_prompt_and_room_and_padding():
+def test_rows_are_a_prompt_and_room_and_padding_and_texts_what_fills_the_room():
     c, t, p = CONTEXT, TARGET, PADDING
     prompts = [[1, 2], [], [EOT]]
     tokens, segment = rows_of(prompts, 2, N, EOT)
     assert tokens.tolist() == [[1, 2, EOT, EOT], 4 * [EOT], 4 * [EOT]]
     assert segment.tolist() == [[c, c, t, t], [t, t, p, p], [c, t, t, p]]
-    tokens, segment = rows_of(prompts, 0, 3, EOT)
-    assert tokens.tolist() == [[1, 2, EOT], 3 * [EOT], 3 * [EOT]]
+    tokens = torch.tensor([[1, 2, 3, EOT], [EOT, 5, EOT, 6], [EOT, 7, 8, 9]])
+    assert texts_of(tokens, segment, EOT) == [[3, EOT], [EOT], [7, 8]]
+    _, segment = rows_of(prompts, 0, 3, EOT)
     assert segment.tolist() == [[c, c, t], [t, t, t], [c, t, t]]
-
-
-def test_a_text_is_its_target_to_the_first_end_of_text():
-    c, t, p = CONTEXT, TARGET, PADDING
-    tokens = torch.tensor([[1, 2, EOT, 3, EOT], [EOT, 2, 3, 4, 5]])
-    segment = torch.tensor([[c, t, t, t, t], [c, t, t, t, p]])
-    assert texts_of(tokens, segment, EOT) == [[2, EOT], [2, 3, 4]]
 
 
 def test_the_seed_of_a_row_is_of_its_prompt_and_its_number_alone():
@@ -624,12 +525,15 @@ def test_the_seed_of_a_row_is_of_its_prompt_and_its_number_alone():
 def test_a_sample_starts_from_the_encoded_prompt_and_noise_of_its_seed(vae, dit):
     vae.standardise([example_batch()])
     prompts = [[1, 2, 3], [4], []]
+    assert not vae.z_std.requires_grad
     z, segment = noisy_rows(vae, dit, prompts, 5, Sampling(seed=8))
     for prompt, row, kind, seed in zip(prompts, z, segment, row_seeds(prompts, 8)):
         assert torch.equal(row[kind == TARGET], torch.randn(5, C, generator=generator(seed)))
         alone = torch.tensor([prompt], dtype=torch.long)
         z_alone = vae.latents(alone, torch.zeros_like(alone))[0]
         assert torch.allclose(row[kind == CONTEXT], z_alone, atol=1e-5)
+    with pytest.raises(ValueError):
+        noisy_rows(vae, dit, prompts, 5, Sampling(seed=[8, 8]))
 
 
 def test_same_seed_same_text_whatever_the_neighbours(vae, dit):
@@ -643,16 +547,16 @@ def test_same_seed_same_text_whatever_the_neighbours(vae, dit):
 
 
 def test_the_callback_sees_the_texts_of_all_steps(vae, dit):
-    times = []
-    seen = []
+    shown = []
 
     def callback(t, texts):
-        times.append(t)
-        seen.append(texts)
+        shown.append((t, texts, torch.is_grad_enabled()))
 
     texts = continue_texts(vae, dit, [[1, 2]], 6, Sampling(steps=8), callback)
+    times, seen, learns = zip(*shown)
     assert times == pytest.approx(dit.times(torch.linspace(1, 0, 9))[1:].tolist())
     assert seen[0] != seen[-1] == texts
+    assert not any(learns)
 
 
 # ---- The recipe and the file ---------------------------------------------------------------------
@@ -664,26 +568,20 @@ def defaults_of(config_type):
 
 def test_defaults_are_the_papers():
     vae, dit = defaults_of(VAEConfig), defaults_of(DiTConfig)
-    for config in (vae, dit):
-        assert [config["block_size"], config["vocab_size"]] == [1024, 50257]
+    assert [dit["block_size"], dit["vocab_size"]] == [1024, 50257]
     assert [vae["n_layer"], vae["n_head"], vae["n_embd"], vae["channels"]] == [9, 12, 768, 64]
     assert [vae["beta"], vae["repa"], vae["repa_latents"]] == [1e-3, 1.0, False]
     assert [dit["context_drop"], dit["t_mean"], dit["t_std"]] == [0.1, 0.0, 1.5]
     assert not any(dit[name] for name in ("adaln", "predict_tokens", "self_condition"))
+    assert TransformerConfig().end_of_text == 50256
     assert Sampling() == Sampling(steps=50, cfg_scale=7.0, temperature=1.0)
 
 
 def test_our_recipe_changes_exactly_the_fields_that_it_names():
     defaults = defaults_of(VAEConfig) | defaults_of(DiTConfig)
-    of_training = {"from_decoder", "muon"}  # options of the training scripts
-    assert OURS.keys() - defaults.keys() == of_training
-    for name in OURS.keys() - of_training:
-        assert type(OURS[name]) is type(defaults[name]), name
+    assert OURS.keys() - defaults.keys() == {"from_decoder", "muon"}  # options of the scripts
+    for name in OURS.keys() & defaults.keys():
         assert OURS[name] != defaults[name], name
-
-
-def test_the_end_of_text_is_the_last_token():
-    assert TransformerConfig().end_of_text == 50256  # GPT-2's
 
 
 def test_a_width_that_heads_cannot_share_is_refused():
@@ -697,9 +595,7 @@ def test_the_file_imports_torch_and_the_standard_library_alone():
         if isinstance(node, ast.Import):
             imported.update(alias.name.split(".")[0] for alias in node.names)
         if isinstance(node, ast.ImportFrom):
-            assert node.level == 0
             imported.add(node.module.split(".")[0])
-    assert "torch" in imported
     assert imported <= sys.stdlib_module_names | {"torch"}
 
 
@@ -707,6 +603,6 @@ def test_the_file_works_alone_with_its_tests(tmp_path):
     for file in (textldm.__file__, __file__):
         shutil.copy(file, tmp_path)
     # -I leaves this folder and PYTHONPATH out of the search for modules.
-    command = [sys.executable, "-I", "-m", "pytest", "-q", "-k", "callback or learns"]
+    command = [sys.executable, "-I", "-m", "pytest", "-q", "-k", "callback"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
