@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -125,8 +124,7 @@ def dit(request):
 @pytest.fixture
 def watch(monkeypatch):
     def watch(owner, name, answer=None):
-        """From now on lists the calls of a function: their arguments by name, and `result`. An
-        `answer` stands for the function, and gets these arguments."""
+        """Lists the calls of a function from now on. An `answer` to them stands for it."""
         real = getattr(owner, name)
         signature = inspect.signature(real)
         calls = []
@@ -318,7 +316,7 @@ def test_standardised_latents_by_hand(vae, watch):
     assert torch.allclose(read[0].z, table[:3], atol=1e-5), "the decoder reads raw latents"
 
 
-# ---- Stage 2 -------------------------------------------------------------------------------------
+# ---- Stage 2 and the sampler ---------------------------------------------------------------------
 
 
 def test_a_dit_knows_the_whole_row_and_by_its_options_the_time_and_a_guess(dit):
@@ -457,9 +455,6 @@ def test_every_parameter_learns_in_bf16_and_residual_streams_stay_in_fp32(vae, d
         assert x.dtype == torch.float32
 
 
-# ---- The sampler ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("scale", [0, 1, 3])
 def test_guidance_goes_from_the_estimate_without_context_to_the_one_with_it(dit, scale):
     segment = example_batch().segment
@@ -485,7 +480,7 @@ def test_guidance_goes_from_the_estimate_without_context_to_the_one_with_it(dit,
 
 def test_three_steps_of_euler_by_hand(watch):
     dit = make_dit(predict_tokens=False)
-    drawn = watch(dit, "times", lambda call: torch.tensor([1, 0.5, 0.25, 0]))
+    drawn = watch(dit, "times", lambda call: torch.tensor([1, 0.25, 0.125, 0]))
     halve = watch(dit, "forward", lambda call: call.x / (2 * call.t[:, None, None]))
     z = torch.tensor([7.0, 8.0])[None, :, None].expand(1, 2, C)
     segment = torch.tensor([[CONTEXT, TARGET]])
@@ -493,13 +488,12 @@ def test_three_steps_of_euler_by_hand(watch):
     sampling = Sampling(steps=3, cfg_scale=1.0)
     end = denoise(dit, z, segment, sampling, lambda *step: shown.extend(step))
     assert drawn[0].u.tolist() == pytest.approx([1, 2 / 3, 1 / 3, 0])
-    assert [call.t.item() for call in halve] == [1, 0.5, 0.25]
-    # Half of 8 is 4, and its noise 8. Their mean is 6. Half of it is 3, and its noise 9. 3/4 of
-    # this 3 and 1/4 of this 9 are 4.5.
+    assert [call.t.item() for call in halve] == [1, 0.25, 0.125]
+    # 8 is of 4 and noise 8. 3/4 and 1/4 of them are 5, of 2.5 and noise 12.5. Of them 7/8 and 1/8.
     x = torch.cat([*[call.x for call in halve], end])[..., 0]
-    assert x.tolist() == [[7, 8], [7, 6], [7, 4.5], [7, 2.25]]
-    assert [call.guess[0, 1, 0].item() for call in halve] == [0, 4, 3]
-    assert [x.flatten()[-1].item() for x in shown] == [0.5, 4, 0.25, 3, 0, 2.25]
+    assert x.tolist() == [[7, 8], [7, 5], [7, 3.75], [7, 1.875]]
+    assert [call.guess[0, 1, 0].item() for call in halve] == [0, 4, 2.5]
+    assert [x.flatten()[-1].item() for x in shown] == [0.25, 4, 0.125, 2.5, 0, 1.875]
 
 
 def test_rows_are_a_prompt_and_room_and_padding_and_texts_what_fills_the_room():
@@ -540,23 +534,20 @@ def test_same_seed_same_text_whatever_the_neighbours(vae, dit):
     sampling = Sampling(steps=5, cfg_scale=3.0, temperature=0.7, seed=3)
     prompts = [[1, 2, 3], [4], []]
     texts = continue_texts(vae, dit, prompts, 6, sampling)
-    assert texts == continue_texts(vae, dit, prompts, 6, sampling)
     assert texts != continue_texts(vae, dit, prompts, 6, replace(sampling, seed=4))
     beside_it = continue_texts(vae, dit, [[5, 6, 7, 8, 9, 10], [4]], 6, sampling)
     assert beside_it[1] == texts[1]
 
 
-def test_the_callback_sees_the_texts_of_all_steps(vae, dit):
+def test_the_callback_sees_the_texts_of_all_steps(vae, dit, watch):
     shown = []
-
-    def callback(t, texts):
-        shown.append((t, texts, torch.is_grad_enabled()))
-
-    texts = continue_texts(vae, dit, [[1, 2]], 6, Sampling(steps=8), callback)
-    times, seen, learns = zip(*shown)
+    ends = watch(textldm, "denoise")
+    sampling = Sampling(steps=8)
+    texts = continue_texts(vae, dit, [[1, 2]], 6, sampling, lambda *step: shown.append(step))
+    times, seen = zip(*shown)
     assert times == pytest.approx(dit.times(torch.linspace(1, 0, 9))[1:].tolist())
     assert seen[0] != seen[-1] == texts
-    assert not any(learns)
+    assert not ends[0].result.requires_grad
 
 
 # ---- The recipe and the file ---------------------------------------------------------------------
@@ -591,7 +582,7 @@ def test_a_width_that_heads_cannot_share_is_refused():
 
 def test_the_file_imports_torch_and_the_standard_library_alone():
     imported = set()
-    for node in ast.walk(ast.parse(Path(textldm.__file__).read_bytes())):
+    for node in ast.walk(ast.parse(inspect.getsource(textldm))):
         if isinstance(node, ast.Import):
             imported.update(alias.name.split(".")[0] for alias in node.names)
         if isinstance(node, ast.ImportFrom):
