@@ -489,7 +489,7 @@ def test_three_steps_of_euler_by_hand(watch):
     end = denoise(dit, z, segment, sampling, lambda *step: shown.extend(step))
     assert drawn[0].u.tolist() == pytest.approx([1, 2 / 3, 1 / 3, 0])
     assert [call.t.item() for call in halve] == [1, 0.25, 0.125]
-    # 8 is of 4 and noise 8. 3/4 and 1/4 of them are 5, of 2.5 and noise 12.5. Of them 7/8 and 1/8.
+    # From 8 by estimate 4 and noise 8 to 5, from 5 by 2.5 and 12.5 to 3.75, and to its half.
     x = torch.cat([*[call.x for call in halve], end])[..., 0]
     assert x.tolist() == [[7, 8], [7, 5], [7, 3.75], [7, 1.875]]
     assert [call.guess[0, 1, 0].item() for call in halve] == [0, 4, 2.5]
