@@ -4,7 +4,6 @@ import re
 
 import pytest
 
-from engine import animation
 from engine.animation import DIM, PLAIN, Side, play
 
 
@@ -16,30 +15,21 @@ def characters(ids):
     return bytes(ids).decode("utf-8", "replace")
 
 
-def frames(out):
-    """The screens one after another, as a terminal would show them: lists of lines."""
-    screens = []
-    lines = []
-    for part in re.split(r"(\x1b\[\d+F\x1b\[J)", out):
-        if part.startswith("\x1b["):
-            up = int(re.findall(r"\d+", part)[0])
-            lines = lines[: len(lines) - up]
-        else:
-            lines = lines + part.split("\n")[:-1]
-            screens.append([line.replace(DIM, "").replace(PLAIN, "") for line in lines])
-    return screens
-
-
 @pytest.fixture
 def terminal(monkeypatch, capsys):
-    """play, in a terminal of some size that does not wait. Returns its screens."""
+    """play, in a terminal of some size that does not wait. Returns its screens, each of which takes
+    the place of the one before."""
 
     def run(prompts, sides, columns=80, rows=24):
         monkeypatch.setenv("COLUMNS", str(columns))
         monkeypatch.setenv("LINES", str(rows))
-        monkeypatch.setattr(animation.time, "sleep", lambda seconds: None)
+        monkeypatch.setattr("time.sleep", lambda seconds: None)
         play(prompts, sides)
-        return frames(capsys.readouterr().out)
+        out = capsys.readouterr().out.replace(DIM, "").replace(PLAIN, "")
+        first, *others = re.split(r"\x1b\[(\d+)F\x1b\[J", out)
+        screens = [screen.split("\n")[:-1] for screen in (first, *others[1::2])]
+        assert [int(up) for up in others[::2]] == [len(screen) for screen in screens[:-1]]
+        return screens
 
     return run
 

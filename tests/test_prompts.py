@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-import variants.writers
 from engine.config import UserError
 from engine.corpus import encode
 from engine.prompts import make_prompts, read_lines, room_for_prompts
-from tests.test_sample import KINDS, lines_in, place, prompts_in, sample  # noqa: F401
+from tests.test_sample import KINDS, place, sample, written  # noqa: F401 (fixtures)
 from textldm import Sampling
 from variants.writers import Writer, load_writer
 
@@ -43,7 +42,6 @@ def test_a_line_without_what_is_wanted_is_refused_by_its_number(tmp_path, bad):
         ("greek small letter ", True, "greek small letter", " "),
         ("greek small letter  \n", True, "greek small letter", "  \n"),
         ("greek", True, "", "greek"),
-        ("", True, "", ""),
         (" ", True, "", " "),
         ("don't", True, "don", "'t"),
         ("one 2", True, "one", " 2"),
@@ -54,9 +52,7 @@ def test_a_line_without_what_is_wanted_is_refused_by_its_number(tmp_path, bad):
         (f"one{MARK}two{MARK}greek al", True, "greek", " al"),
     ],
 )
-def test_the_last_piece_of_a_prompt_is_to_be_written_again(
-    encoding, capsys, text, can_complete, ids, rest
-):
+def test_the_last_piece_is_to_be_written_again(encoding, capsys, text, can_complete, ids, rest):
     _, prompt = make_prompts(encoding, ["", text], 40, can_complete)
     assert (encoding.decode(prompt), prompt.rest.decode()) == (ids, rest)
     warning = "warning: prompt 2: what stands before" if text.startswith("one<") else ""
@@ -84,22 +80,14 @@ def test_what_tiktoken_gives_up_on_is_one_sentence(encoding):
         make_prompts(encoding, ["greek" + " " * 1_000_000], 40, True)
 
 
-# ---- What is written again
-
-
-def stand_in(encoding, logits):
-    """A Writer that is sure of its first tokens: logits, a function of the ids before. Its texts
-    are then two tokens, "!" and an end of text."""
-    eot = encoding.n_vocab - 1
+def stand_in(encoding, first_logits=None):
+    """A Writer that completes by first_logits, and whose texts are "!" and an end of text."""
     bang = encoding.encode_single_token("!")
 
-    def sample(prompts, length, sampling, callback=None):
-        return [[bang, eot] for _ in prompts]
+    def sample(prompts, *options):
+        return [[bang, 299] for _ in prompts]
 
-    def first_logits(prompts, sampling):
-        return torch.stack([logits(prompt) for prompt in prompts])
-
-    writer = Writer("gpt", sample, dict(eot=eot), 40, logits and first_logits)
+    writer = Writer("gpt", sample, dict(eot=299), 40, first_logits)
     writer.encoding = encoding
     return writer
 
@@ -108,7 +96,7 @@ def stand_in(encoding, logits):
 def test_whatever_a_model_would_rather_write_its_text_goes_on_as_it_was_typed(encoding, text):
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
-        writer = stand_in(encoding, lambda _: 5 * torch.randn(300, generator=generator))
+        writer = stand_in(encoding, lambda *_: 5 * torch.randn(1, 300, generator=generator))
         prompts = writer.encode([text])
         (completion,) = writer.complete(prompts, Sampling(seed=[seed]))
         written = encoding.decode_bytes([*prompts[0], *completion])
@@ -124,7 +112,7 @@ def test_a_completed_word_is_drawn_as_often_as_the_model_says(encoding):
     tokens = [*spaces[:2], encoding.encode_single_token(b"x")]  # which does not fit
     logits = torch.full((300,), -99.0)
     logits[tokens] = torch.tensor([0.2, 0.1, 0.7]).log()
-    writer = stand_in(encoding, lambda _: logits)
+    writer = stand_in(encoding, lambda prompts, _: logits.expand(len(prompts), -1))
     prompts = writer.encode(["greek "] * 600)
     for temperature, share in ((1.0, 1 / 3), (0.5, 1 / 5)):
         sampling = Sampling(temperature=temperature, seed=writer.seeds(prompts, 0))
@@ -142,24 +130,23 @@ def test_tokens_that_fit_a_rest_cover_it_or_are_the_longest_that_it_begins_with(
 
 @pytest.mark.parametrize("written", ["  alpha", " alpha", "alpha"])
 def test_white_space_is_given_back_where_no_token_can_be_asked_for(encoding, written):
-    writer = stand_in(encoding, None)
+    writer = stand_in(encoding)
     writer.sample = lambda *given: [encode(encoding, written)]
     assert writer.text("greek  ") == "alpha"
 
 
 def test_end_of_texts_are_line_ends_within_a_text_and_nothing_at_its_end(encoding):
     a = encoding.encode_single_token("a")
-    assert stand_in(encoding, None).decode([a, 299, a, 299]) == "a\na"
+    assert stand_in(encoding).decode([a, 299, a, 299]) == "a\na"
 
 
 @pytest.mark.parametrize("kind, places", [("dit", [0, 2]), ("cola_dlm", [0, 0])])
 def test_p_token_is_asked_for_of_noise_where_a_text_begins(place, monkeypatch, kind, places):
     def positions(net, z, t, guess, segment, sampling):
-        assert t == 1
-        assert not guess.any()
+        assert t == 1 and not guess.any()
         return torch.arange(z.shape[1]).expand(len(z), -1)
 
-    monkeypatch.setattr(variants.writers, "guided_estimate", positions)
+    monkeypatch.setattr("variants.writers.guided_estimate", positions)
     first_logits = writer_of(place, kind).first_logits
     assert first_logits([[], [1, 2]], Sampling(seed=[0, 1])).tolist() == places
 
@@ -182,14 +169,11 @@ def test_each_kind_goes_on_as_a_prompt_was_typed(place, kind, keep, text):
 
 
 @pytest.mark.parametrize("kind, keep", KINDS_IN_PARTS)
-def test_a_text_depends_on_its_prompt_its_number_and_the_seed(tmp_path, sample, kind, keep):
-    target = tmp_path / "out.jsonl"
-
+def test_a_text_depends_on_its_prompt_its_number_and_the_seed(written, kind, keep):
     def texts(prompts, *more):
-        source = prompts_in(tmp_path, [dict(prompt=prompt) for prompt in prompts])
-        options = [f"--prompts={source}", f"--output={target}", f"--keep={keep}", *more]
-        sample(kind, "--length=6", "--temperature=1", *options)
-        return [line["text"] for line in lines_in(target)]
+        options = ["--length=6", "--temperature=1", f"--keep={keep}", *more]
+        lines = written(kind, [dict(prompt=prompt) for prompt in prompts], *options)
+        return [line["text"] for line in lines]
 
     some = ["greek", "latin small", "", "greek", "greek small letter alpha with one"]
     together = texts(some)
