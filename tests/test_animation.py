@@ -11,10 +11,6 @@ def letters(ids):
     return "".join("ABC"[i] for i in ids)
 
 
-def characters(ids):
-    return bytes(ids).decode("utf-8", "replace")
-
-
 @pytest.fixture
 def terminal(monkeypatch, capsys):
     """play, in a terminal of some size that does not wait. Returns its screens, each of which takes
@@ -56,7 +52,7 @@ def test_tokens_that_will_change_are_dim_unless_nothing_has_a_colour(monkeypatch
     ],
 )
 def test_a_text_fills_lines_by_the_columns_of_its_whole_characters(prompt, text, width, lines):
-    side = Side("", characters, [("", [list(text)])], 1)
+    side = Side("", lambda ids: bytes(ids).decode("utf-8", "replace"), [("", [list(text)])], 1)
     assert side.lines(0, prompt, 0, width) == lines
 
 

@@ -4,8 +4,6 @@ from textldm import Sampling
 from variants.parts import write_in_parts
 from variants.writers import Writer
 
-EOT = 99
-
 
 def parts_of(prompts, length, keep, sampling):
     """The texts, and what the model was asked for. It counts up from the length of a prompt, to
@@ -17,17 +15,17 @@ def parts_of(prompts, length, keep, sampling):
         texts = []
         for prompt in prompts:
             text = list(range(len(prompt), len(prompt) + length if length else 12))
-            texts.append(text[: text.index(7)] + [EOT] if 7 in text else text)
+            texts.append(text[: text.index(7)] + [99] if 7 in text else text)
         return texts
 
-    writer = Writer("dit", sample, dict(eot=EOT), 12)
+    writer = Writer("dit", sample, dict(eot=99), 12)
     return write_in_parts(writer, prompts, length, sampling, keep), asked
 
 
 def test_each_part_is_written_behind_those_before_it_until_its_row_is_full_or_its_text_ends():
     full = list(range(10))
     texts, asked = parts_of([full, [0, 1]], 0, 2, Sampling(steps=3, seed=[1, 2]))
-    assert texts == [[10, 11], [2, 3, 4, 5, 6, EOT]]
+    assert texts == [[10, 11], [2, 3, 4, 5, 6, 99]]
     assert asked == [
         ([full, [0, 1]], 0, Sampling(steps=3, seed=[1, 2])),
         ([[0, 1, 2, 3]], 0, Sampling(steps=3, seed=[2_000_008])),
