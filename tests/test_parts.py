@@ -1,67 +1,40 @@
 """Writing in parts (variants/parts.py), with a stand-in for a model."""
 
-import pytest
-
 from textldm import Sampling
 from variants.parts import write_in_parts
 from variants.writers import Writer
 
-EOT = 99
 
+def parts_of(prompts, length, keep, sampling):
+    """The texts, and what the model was asked for. It counts up from the length of a prompt, to
+    the end of a row or to 7, which ends a text."""
+    asked = []
 
-class Counting:
-    """Continues a prompt by its length, counting up, to the end of a row or to 7, which ends a
-    text. It notes what it was asked for."""
-
-    def __init__(self):
-        self.asked = []
-
-    def __call__(self, prompts, length, sampling, callback=None):
-        self.asked.append((prompts, length, sampling))
+    def sample(prompts, length, sampling):
+        asked.append((prompts, length, sampling))
         texts = []
         for prompt in prompts:
-            room = length or 12 - len(prompt)
-            text = list(range(len(prompt), len(prompt) + room))
-            if 7 in text:
-                text = text[: text.index(7)] + [EOT]
-            texts.append(text)
+            text = list(range(len(prompt), len(prompt) + length if length else 12))
+            texts.append(text[: text.index(7)] + [99] if 7 in text else text)
         return texts
 
-
-@pytest.fixture
-def model():
-    return Counting()
+    writer = Writer("dit", sample, dict(eot=99), 12)
+    return write_in_parts(writer, prompts, length, sampling, keep), asked
 
 
-def parts_of(model, prompts, length, keep):
-    writer = Writer("dit", model, dict(eot=EOT), 12)
-    return write_in_parts(writer, prompts, length, Sampling(steps=3, seed=5), keep)
+def test_each_part_is_written_behind_those_before_it_until_its_row_is_full_or_its_text_ends():
+    full = list(range(10))
+    texts, asked = parts_of([full, [0, 1]], 0, 2, Sampling(steps=3, seed=[1, 2]))
+    assert texts == [[10, 11], [2, 3, 4, 5, 6, 99]]
+    assert asked == [
+        ([full, [0, 1]], 0, Sampling(steps=3, seed=[1, 2])),
+        ([[0, 1, 2, 3]], 0, Sampling(steps=3, seed=[2_000_008])),
+        ([[0, 1, 2, 3, 4, 5]], 0, Sampling(steps=3, seed=[4_000_014])),
+    ]
 
 
-@pytest.mark.parametrize("keep", [1, 2, 3, 20])
-@pytest.mark.parametrize("length", [0, 1, 4])
-def test_parts_together_are_what_a_sure_model_writes_at_once(model, keep, length):
-    prompts = [[0], [0, 1, 2], [], list(range(9))]
-    whole = model(prompts, length, None)
-    assert parts_of(model, prompts, length, keep) == whole
-
-
-def test_each_part_is_written_behind_those_before_it(model):
-    parts_of(model, [[0, 1], list(range(10))], 0, 2)
-    asked = [prompts for prompts, _, _ in model.asked]
-    assert asked[0] == [[0, 1], list(range(10))]
-    assert asked[1] == [[0, 1, 2, 3]], "the other row is full"
-    assert asked[2] == [[0, 1, 2, 3, 4, 5]], "it ends there"
-    assert len(asked) == 3
-
-
-def test_the_length_is_what_is_left(model):
-    parts_of(model, [[8]], 5, 2)
-    assert [length for _, length, _ in model.asked] == [5, 3, 1]
-
-
-def test_no_two_parts_share_noise(model):
-    parts_of(model, [[8]], 5, 1)
-    seeds = [sampling.seed for _, _, sampling in model.asked]
-    assert len({seed for (seed,) in seeds}) == 5
-    assert {sampling.steps for _, _, sampling in model.asked} == {3}
+def test_a_part_has_the_length_that_is_left_and_noise_of_its_own():
+    texts, asked = parts_of([[], [0] * 9], 5, 2, Sampling(seed=[0, 2**32 - 1]))
+    assert texts == [[0, 1, 2, 3, 4], [9, 10, 11, 12, 13]]
+    found = [(length, sampling.seed[1]) for _, length, sampling in asked]
+    assert found == [(5, 2**32 - 1), (3, 2_000_005), (1, 4_000_011)]
