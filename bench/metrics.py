@@ -2,7 +2,6 @@
 
 import math
 import os
-import unicodedata
 
 import numpy as np
 import regex  # tiktoken depends on it too
@@ -13,7 +12,6 @@ from bench.ngram import WORD
 from engine.corpus import Corpus, encode, load_encoding
 from textldm import cross_entropy
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # BERTScore never fetches weights: it is computed where they are
 PIECE = 2**24  # tokens of the training text that are compared at once, for the memory
 
 
@@ -26,11 +24,18 @@ def rng_of(seed, name):
 def score(gpt, tokenizer, prompts, texts, autocast):
     """How probable each (text, ended) is after its prompt, by a GPT.
 
-    Returns the NLL of each text, in nats (n,), its tokens (n lists of ids) and its features (n, E):
-    the final hidden state at its last token. MAUVE compares these; its authors take those of
-    gpt2-large."""
-    eot = tokenizer["eot"]
-    new, rows = rows_to_score(tokenizer, prompts, texts, gpt.config.block_size)
+    Returns a dict. nll (n,): in nats. tokens: n arrays, without the end-of-text. count (n,): of
+    tokens, with it. features (n, E): the final hidden state at the last token. MAUVE compares
+    these; its authors take those of gpt2-large."""
+    eot, encoding = tokenizer["eot"], load_encoding(tokenizer)
+    new = []  # tokens, of each text
+    rows = []  # an end-of-text, the prompt and these tokens
+    for prompt, (text, ended) in zip(prompts, texts):
+        ids = encode(encoding, text)  # apart from the prompt
+        ids = [*ids, eot][: len(ids) + ended][: gpt.config.block_size - 1]
+        before = [eot, *encode(encoding, prompt)]
+        new.append(ids)
+        rows.append(before[len(ids) - gpt.config.block_size :] + ids)
     longest = max(len(row) for row in rows)
     B = max(1, 2**26 // (gpt.config.vocab_size * longest))  # so that the logits fit in memory
     nll = []
@@ -48,69 +53,17 @@ def score(gpt, tokenizer, prompts, texts, autocast):
             nll.append(loss[k, end - len(ids) : end].double().sum().item())
             has_end_of_text = ids[-1:] == [eot]
             features.append(h[k, end - has_end_of_text].float().cpu())
-    return np.array(nll), new, torch.stack(features).numpy()
-
-
-def rows_to_score(tokenizer, prompts, texts, block_size):
-    """The tokens of each (text, ended), and rows of an end-of-text, the prompt and these tokens.
-
-    Prompt and text are tokenised apart. The end-of-text counts as a token of a text that ended."""
-    encoding = load_encoding(tokenizer)
-    new = []
-    rows = []
-    for prompt, (text, ended) in zip(prompts, texts):
-        ids = encode(encoding, text)[: block_size - 1]
-        if ended and len(ids) < block_size - 1:
-            ids.append(tokenizer["eot"])
-        before = [tokenizer["eot"], *encode(encoding, prompt)]
-        new.append(ids)
-        rows.append(before[-(block_size - len(ids)) :] + ids)
-    return new, rows
-
-
-class Words:
-    """ROUGE's words, in every script. Its package's own are runs of a-z and 0-9."""
-
-    def tokenize(self, text):
-        return words_of(unicodedata.normalize("NFC", text.lower()).replace("_", " "))
+    return dict(
+        nll=np.array(nll),
+        tokens=[np.array([i for i in ids if i != eot], dtype=np.int64) for ids in new],
+        count=np.array([len(ids) for ids in new]),
+        features=torch.stack(features).numpy(),
+    )
 
 
 def words_of(text):
     """The words of a text. In scripts without spaces each character is one."""
     return regex.findall(WORD, text)
-
-
-def rouge(texts, references):
-    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L of each text (n lists of three), times 100, without
-    stemming. Or a str that says why there is none."""
-    if not any(words_of(reference) for reference in references):
-        return "no reference has a word"
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=Words())
-    scores = [scorer.score(*pair).values() for pair in zip(references, texts)]
-    return [[100 * score.fmeasure for score in row] for row in scores]
-
-
-def bert_score(texts, references):
-    """F1 of BERTScore (n,), times 100, by roberta-large. An empty text has 0. Or a str that says
-    why there is none."""
-    letters = regex.findall(r"\p{L}", "".join(references))
-    if sum(letter.isascii() for letter in letters) <= len(letters) / 2:
-        return "its model reads English"
-    rows = [i for i, pair in enumerate(zip(texts, references)) if all(x.strip() for x in pair)]
-    if not rows:
-        return "all texts are empty"
-    import bert_score as package
-
-    try:
-        some = [texts[i] for i in rows], [references[i] for i in rows]
-        _, _, f1 = package.score(*some, lang="en")
-    except OSError:  # transformers finds no file
-        return "roberta-large is not on this machine"
-    scores = np.zeros(len(texts))
-    scores[rows] = 100 * f1.numpy()
-    return scores
 
 
 def mauve(real, features, clusters, rng):
@@ -119,8 +72,6 @@ def mauve(real, features, clusters, rng):
 
     The interval is the spread over halves of both. Halves are drawn without replacement, because
     repeated texts would look nearer to each other than they are."""
-    if clusters < 2:  # of any two sets it would say the same
-        return "too few prompts; --n=16 or more"
     try:
         import mauve as package
     except ImportError:
@@ -154,29 +105,23 @@ def quiet_mauve(package, p, q, clusters):
         os.close(null)
 
 
-def entropy(tokens):
-    """Entropy, in nats, of the frequencies of tokens (an array). It is low where a system repeats
-    itself."""
-    _, counts = np.unique(tokens, return_counts=True)
-    p = counts / len(tokens)
-    return float(-(p * np.log(p)).sum())
+def entropy(rows, count, rng, repeats=20):
+    """Entropy, in nats, of the frequencies of `count` tokens of the rows (arrays): the mean over
+    draws, and half of a 95% interval. NaN where the rows have hardly more tokens than that. It is
+    low where a system repeats itself.
 
-
-def at_equal_count(statistic, rows, count, rng, repeats=20):
-    """The mean of a statistic of `count` items of the rows (arrays), and half of a 95% interval.
-    NaN where the rows have hardly more items than that.
-
-    Entropy grows with the count, so all systems have the same count. Items come from
-    texts in random orders, because resampling with replacement would lower the statistic. Such
-    draws overlap: their spread is corrected for the share of all items that they take."""
+    Entropy grows with the count, so all systems have the same count. Tokens come from texts in
+    random orders, because resampling with replacement would lower the entropy. Such draws overlap:
+    their spread is corrected for the share of all tokens that they take."""
     share = count / max(sum(len(row) for row in rows), 1)
     if share > 0.9:
         return math.nan, math.nan
     values = []
     for _ in range(repeats):
-        order = rng.permutation(len(rows))
-        items = np.concatenate([rows[i] for i in order])
-        values.append(statistic(items[:count]))
+        tokens = np.concatenate([rows[i] for i in rng.permutation(len(rows))])[:count]
+        _, counts = np.unique(tokens, return_counts=True)
+        p = counts / len(tokens)
+        values.append(float(-(p * np.log(p)).sum()))
     half = 1.96 * float(np.std(values, ddof=1))
     return float(np.mean(values)), half * (share / (1 - share)) ** 0.5
 
@@ -191,7 +136,7 @@ class TrainingText:
         text = self.encoding.decode(self.tokens[: 2**24].tolist())
         self.texts = text.split("<|endoftext|>")
         self.words = set(words_of(" ".join(self.texts)))
-        self.documents = set(self.texts) - {""}  # a text that says nothing is no copy
+        self.documents = set(self.texts) - {""}  # no document: what follows the last mark
 
 
 def copied(texts, prompts, training):
@@ -254,31 +199,18 @@ def percent(answers):
     return 100 * float(np.mean(answers)) if answers else math.nan
 
 
-def interval(values, rng, weights=None, repeats=1000):
-    """The mean of values (n,), or their sum over that of weights (n,), and half the width of its
-    bootstrap 95% interval."""
-    if weights is None:
-        weights = np.ones(len(values))
-    draw = rng.integers(len(values), size=(repeats, len(values)))
-    means = values[draw].sum(1) / np.maximum(weights[draw].sum(1), 1)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return float(values.sum() / max(weights.sum(), 1)), float(high - low) / 2
+def per_token(nll, count, rng, repeats=1000):
+    """NLL per token (1 + repeats,) of n texts, then of as many drawn with replacement, again and
+    again. nll (n,): in nats. Equal generators draw equal texts, so differences are paired."""
+    n = len(nll)
+    draw = np.concatenate((np.arange(n)[None], rng.integers(n, size=(repeats, n))))
+    return np.array(nll)[draw].sum(1) / np.maximum(np.array(count)[draw].sum(1), 1)
 
 
-def difference(a, b, rng, repeats=1000):
-    """How much more NLL per token texts a have than texts b on the same prompts: the mean, and half
-    the width of the paired bootstrap's 95% interval. a and b: dicts of nll (n,), tokens (n,)."""
-    n = len(a["nll"])
-    every = np.arange(n)[None]
-    draw = np.concatenate((every, rng.integers(n, size=(repeats, n))))
-
-    def nll_per_token(texts):
-        tokens = np.array(texts["tokens"])[draw].sum(1)
-        return np.array(texts["nll"])[draw].sum(1) / np.maximum(tokens, 1)
-
-    mean, *drawn = nll_per_token(a) - nll_per_token(b)
-    low, high = np.percentile(drawn, (2.5, 97.5))
-    return float(mean), float(high - low) / 2
+def interval(values):
+    """The value of all texts, the first, and half the width of the 95% interval of the others."""
+    low, high = np.percentile(values[1:], (2.5, 97.5))
+    return float(values[0]), float(high - low) / 2
 
 
 # ---- Curves of NLL against entropy ---------------------------------------------------------------
@@ -313,11 +245,11 @@ def curves_of(points):
 
 
 def at_entropy(points, wanted, key):
-    """The NLL of this key where the best curve through points has the wanted entropy. None where
+    """The NLL of this key where the best curve through points has the wanted entropy. NaN where
     none has it."""
     values = []
     for curve in curves_of(points):
         entropies = [point["entropy"] for point in curve]
         if entropies[0] <= wanted <= entropies[-1]:
             values.append(np.interp(wanted, entropies, [point[key] for point in curve]))
-    return float(min(values)) if values else None
+    return float(min(values, default=math.nan))

@@ -3,8 +3,8 @@
     python bench/plots.py                            # of out/eval.json, to out/pictures
     python bench/plots.py --evaluation=A/eval.json,B/eval.json --systems=GPT,TextLDM
 
-pipeline.png is a diagram. frontier.png has NLL against entropy, a curve for each system and setting
-of bench/evaluate.py. All seeds of a system (`GPT 1`, `GPT 2`) have one colour.
+pipeline.png is a diagram. frontier.png has NLL against entropy, a curve for each system and
+setting. All seeds of a system (`GPT 1`, `GPT 2`) have one colour.
 """
 
 import json
@@ -63,11 +63,6 @@ def pipeline(plt, options):
     return figure
 
 
-def family_of(name):
-    """The name of a system without the number of its seed."""
-    return re.sub(r"\s+\d+$", "", name)
-
-
 def frontier(plt, options):
     """NLL against entropy. Each point has its temperature, or its guidance scale, beside it."""
     points = {}
@@ -80,7 +75,7 @@ def frontier(plt, options):
     figure, axes = plt.subplots(figsize=(7.6, 5))
     colors = {}
     for name in points:
-        family = family_of(name)
+        family = re.sub(r"\s+\d+$", "", name)  # without the number of the seed
         if wanted and not {name, family} & set(wanted):
             continue
         for curve in curves_of(points[name]):

@@ -13,17 +13,7 @@ from bench.page import shown
 from engine.checkpoint import build, load_checkpoint, write_whole
 from engine.terminal import pick_device
 from tests.helpers import ROOT, refuse, script
-from textldm import (
-    CONTEXT,
-    GPT,
-    DiTConfig,
-    Sampling,
-    TextDiT,
-    TextVAE,
-    TransformerConfig,
-    VAEConfig,
-    noisy_rows,
-)
+from textldm import CONTEXT, DiTConfig, Sampling, TextDiT, TextVAE, VAEConfig, noisy_rows
 from variants.writers import load_writer
 
 PROMPTS = ["greek small letter", "</script><b>&amp", ""]
@@ -72,36 +62,29 @@ def test_its_last_step_is_what_the_models_write(page, random_out):
 
 def test_candidates_are_the_likeliest_and_a_token_has_its_own_probability(page):
     for run in data_of(page)["runs"]:
-        assert [step["evaluations"] for step in run["steps"]] == [2 * k for k in range(STEPS + 1)]
         times = [step["t"] for step in run["steps"]]
-        assert (times[0], times[-1]) == (1, 0)
-        assert times == sorted(times, reverse=True)
-        written = [step["tokens"] for step in run["steps"][1:]] + [run["gpt"]]
-        for word, p, candidates in sum(written, []):
+        assert times == sorted(times, reverse=True) and (times[0], times[-1]) == (1, 0)
+        assert [step["evaluations"] for step in run["steps"]] == [2 * k for k in range(STEPS + 1)]
+        for word, p, candidates in sum([step["tokens"] for step in run["steps"][1:]], run["gpt"]):
             values = [value for _, value in candidates]
-            assert len(values) == 5
-            assert values == sorted(values, reverse=True)
-            assert sum(values) <= 1.001
-            assert p <= values[0]
+            assert len(values) == 5 and sum(values) <= 1.001
+            assert values == sorted(values, reverse=True) and p <= values[0]
             assert [word, p] in candidates or p <= values[-1]
 
 
 def test_probabilities_are_those_of_the_models(page, random_out):
-    """Of the GPT in each place, and of the DiT, with the prompt, in its first step."""
+    """Of the GPT for its first token, and of the DiT, with the prompt, in its first step."""
     run = data_of(page)["runs"][0]
-    state = load_checkpoint(random_out / "gpt.pt", "gpt", "")
-    gpt = build(GPT, TransformerConfig, state)
     vae = build(TextVAE, VAEConfig, load_checkpoint(random_out / "vae.pt", "vae", ""))
     dit = build(TextDiT, DiTConfig, load_checkpoint(random_out / "dit.pt", "dit", ""))
-    writer = load_writer(random_out / "gpt.pt")
+    gpt = load_writer(random_out / "gpt.pt")
     _, autocast = pick_device("cpu", dit.config.block_size)
     with autocast, torch.no_grad():
         with_vae = load_writer(random_out / "dit.pt", random_out / "vae.pt")
         prompt, sampling = completed(with_vae, PROMPTS[0])
-        (text,) = writer.write([prompt], 0, sampling)
-        p = gpt(torch.tensor([[writer.tokenizer["eot"], *prompt, *text]]))[0].float().softmax(-1)
-        expected = [p[len(prompt) + i, token].item() for i, token in enumerate(text)]
-        assert [p for _, p, _ in run["gpt"]] == pytest.approx(expected, abs=1e-4)
+        ((first, *_),) = gpt.write([prompt], 0, sampling)
+        p = gpt.first_logits([prompt], sampling)[0].softmax(-1)
+        assert run["gpt"][0][1] == pytest.approx(p[first].item(), abs=1e-4)
 
         z, segment = noisy_rows(vae, dit, [prompt], 0, sampling)
         hidden = z.masked_fill((segment == CONTEXT)[..., None], 0)
@@ -115,7 +98,7 @@ def test_probabilities_are_those_of_the_models(page, random_out):
     assert away < 5e-3 * len(found) and away < 0.2 * away_without
 
 
-def test_what_cannot_be_shown_is_refused(random_out, home, capsys, tmp_path):
+def test_what_cannot_be_shown_is_refused(random_out, capsys, tmp_path):
     where = ["--out", random_out, "--page", tmp_path / "page.html"]
     dit = load_checkpoint(random_out / "dit.pt", "dit", "")
     config = dict(dit["config"], predict_tokens=False)
@@ -125,16 +108,22 @@ def test_what_cannot_be_shown_is_refused(random_out, home, capsys, tmp_path):
     write_whole(tmp_path / "dit.pt", dict(dit, config=config, model=model))
     (tmp_path / "vae.pt").write_bytes((random_out / "vae.pt").read_bytes())
     refuse(capsys, "predicts velocities", "bench/page.py", "--out", tmp_path)
+    gpt = load_checkpoint(random_out / "gpt.pt", "gpt", "")
+    write_whole(tmp_path / "other.pt", dict(gpt, tokenizer={}))
+    refuse(capsys, "tokenizers", "bench/page.py", *where, "--gpt", tmp_path / "other.pt")
+    refuse(capsys, "is missing", "bench/page.py", *where, "--gpt", tmp_path / "gpt.pt")
+    assert not (tmp_path / "page.html").exists()
 
+
+def test_a_gpt_of_shorter_rows_writes_what_fits(random_out, tmp_path):
     gpt = load_checkpoint(random_out / "gpt.pt", "gpt", "")
     config = dict(gpt["config"], block_size=4)
     model = dict(gpt["model"], **{"wpe.weight": gpt["model"]["wpe.weight"][:4]})
-    shorter = dict(gpt, config=config, model=model)
-    for words, state in (("need one more", shorter), ("tokenizers", dict(gpt, tokenizer={}))):
-        write_whole(tmp_path / "other.pt", state)
-        refuse(capsys, words, "bench/page.py", *where, "--gpt", tmp_path / "other.pt")
-    refuse(capsys, "is missing", "bench/page.py", *where, "--gpt", tmp_path / "gpt.pt")
-    assert not (tmp_path / "page.html").exists()
+    write_whole(tmp_path / "short.pt", dict(gpt, config=config, model=model))
+    where = ["--out", random_out, "--page", tmp_path / "page.html", "--gpt", tmp_path / "short.pt"]
+    script("bench/page.py", *where, f"--prompts={PROMPTS[0]};", "--steps=1")
+    long, empty = data_of(tmp_path / "page.html")["runs"]
+    assert long["gpt"] == [] and 1 <= len(empty["gpt"]) <= 3
 
 
 def test_the_page_in_docs_is_small_and_is_made_of_the_template():
@@ -197,19 +186,13 @@ def used(page, tmp_path_factory):
     return json.loads(html.unescape(re.search(r"<body>(.*)</body>", done.stdout, re.S)[1]))
 
 
-def test_each_step_shows_its_text_and_each_prompt_its_own(used, page):
-    for run, (prompt, steps, _, bold) in zip(data_of(page)["runs"], used[0], strict=True):
-        assert prompt == run["prompt"]
-        assert bold == 0, "text is not code"
+def test_each_step_shows_its_text_and_each_token_its_candidates(used, page):
+    for run, (prompt, steps, chosen, bold) in zip(data_of(page)["runs"], used[0], strict=True):
+        assert prompt == run["prompt"] and bold == 0, "text is not code"
         for step, (ldm, gpt, count) in enumerate(steps):
             assert ldm == words(run["steps"][step]["tokens"]), step
             assert gpt == words(run["gpt"] if step == STEPS else run["gpt"][:step])
-            assert f"step {step} of {STEPS}" in count
-            assert f"{2 * step} evaluations" in count
-
-
-def test_a_token_shows_its_candidates(used, page):
-    for run, (_, _, chosen, _) in zip(data_of(page)["runs"], used[0]):
+            assert f"step {step} of {STEPS}" in count and f"{2 * step} evaluations" in count
         tokens = run["steps"][STEPS]["tokens"][0], run["gpt"][0]
         for (title, rows), name, (word, p, candidates) in zip(chosen, ("TextLDM", "GPT"), tokens):
             assert title.startswith(f"{name}, place 1: “{word.strip()}”")
