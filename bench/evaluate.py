@@ -32,6 +32,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -44,17 +45,18 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baselines.gpt import generate
 from bench import metrics
-from bench.metrics import at_entropy, interval, per_token, rng_of
+from bench.metrics import interval, per_token
 from bench.ngram import WORD, WordModel
 from engine.checkpoint import build, load_gpt_state, write_whole
 from engine.config import UserError, command_line
 from engine.corpus import Corpus, encode
-from engine.terminal import pick_device, run_script
 from engine.prompts import fit, read_lines, room_for_prompts
+from engine.terminal import pick_device, run_script
 from textldm import GPT, Sampling, TransformerConfig, option, row_seeds
 from variants.writers import load_writer
 
 MODELS = dict(gpt="gpt.pt", masked="masked.pt", textldm="dit.pt")  # kinds, and their files
+SPEC = r"(?:(.+?)=)?(\w+)(?::(.+))?|.*"  # of a row of the table: label, kind and path
 
 
 @dataclass
@@ -62,7 +64,7 @@ class EvalConfig:
     data: str = option("data/names", "folder of the prepared corpus that the models know")
     out: str = option("out", "folder of the models; the reports go there too")
     benchmark: str = option("", 'JSON lines {"prompt", "reference"} (made from val, in --data)')
-    n: int = option(1000, "prompts", 16)
+    n: int = option(1000, "prompts", 8)
     unprompted: bool = option(False, "empty prompts: whole documents, compared with whole ones")
     seed: int = option(1, "of the benchmark, of the texts and of the intervals", 0, 2**31)
     systems: str = option("real,unigram,gpt,textldm", "rows: [LABEL=]KIND[:PATH], ...")
@@ -75,11 +77,12 @@ class EvalConfig:
     top_p: str = option("0.9,1", "nuclei of the GPT to choose from")
     clusters: int = option(50, "of MAUVE; only equal ones compare", 2)
     batch_size: int = option(250, "prompts at once", 1)
+    likeness: bool = option(False, "ROUGE and BERTScore too: pip install rouge-score bert-score")
     device: str = option("auto", "cpu, cuda, mps, or auto")
 
 
-def make_benchmark(corpus, options):
-    """At most n validation documents that fit a row, cut in prompt and reference: a list of dicts.
+def make_benchmark(corpus, path, options):
+    """Writes validation documents that fit a row, cut in prompt and reference. Raises UserError.
 
     The cut is where the word begins that is nearest to a place drawn in 40-60% of the characters,
     or at the start if unprompted. Documents of a stream end after a row."""
@@ -94,12 +97,18 @@ def make_benchmark(corpus, options):
         text = corpus.encoding.decode(ids[: corpus.N]).rstrip("\ufffd")
         place = rng.uniform(0.4, 0.6) * len(text)
         cuts = [0] if options.unprompted else beginnings_of_words(text)
-        if cuts:
+        if cuts and text.strip():
             cut = min(cuts, key=lambda i: abs(i - place))
-            lines.append(dict(prompt=text[:cut], reference=text[cut:], ended=len(ids) < corpus.N))
+            line = dict(prompt=text[:cut], reference=text[cut:], ended=len(ids) < corpus.N)
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         if len(lines) == options.n:
             break
-    return lines
+    if len(lines) < options.n:
+        raise UserError(
+            f"--n={options.n}, but only {len(lines)} documents of {corpus.path} fit a row and have "
+            "a place between two words; lower --n, prepare more, or name a --benchmark"
+        )
+    write_whole(path, "".join(lines))
 
 
 def beginnings_of_words(text):
@@ -117,24 +126,21 @@ def load_benchmark(options, corpus):
     end = "_unprompted" if options.unprompted else ""
     own = f"{options.data}/benchmark_{options.n}_{options.seed}_{corpus.N}{end}.jsonl"
     path = options.benchmark or own
-    is_new = not options.benchmark and not Path(own).exists()
-    if is_new:
-        lines = make_benchmark(corpus, options)
-    else:
-        lines = read_lines(path, ("prompt", "reference"))
+    if options.benchmark and options.unprompted:
+        raise UserError(f"{path} is cut already, so --unprompted has no use; leave one of them out")
+    if not options.benchmark and not Path(own).exists():
+        make_benchmark(corpus, own, options)
+    lines = read_lines(path, ("prompt", "reference"))
+    for i, line in enumerate(lines, start=1):
+        if not line["reference"].strip():
+            raise UserError(f"{path}, line {i}: the reference is empty; leave the line out")
     if len(lines) < options.n:
-        source = corpus.path if is_new else path
-        raise UserError(f"--n={options.n}, but {source} has {len(lines)} usable texts; lower --n")
-    if is_new:
-        text = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
-        write_whole(path, "".join(text))
+        raise UserError(f"--n={options.n}, but {path} has {len(lines)} lines; lower --n")
     # Shuffled, because one half is compared with the other.
     order = np.random.default_rng(options.seed).permutation(len(lines))
     lines = [lines[i] for i in order[: options.n]]
     room = room_for_prompts(0, corpus.N)
     for i, line in enumerate(lines):
-        if options.unprompted:
-            line.update(prompt="", reference=line["prompt"] + line["reference"])
         line["ids"] = fit(encode(corpus.encoding, line["prompt"]), room, i + 1)
         line["ended"] = bool(line.get("ended", True))
     return path, lines
@@ -237,14 +243,10 @@ def load_model(kind, path, options, corpus, device):
     if kind not in (writer.kind, "textldm"):
         raise UserError(f"--systems: {path} holds a {writer.kind}, and no {kind}")
     if writer.tokenizer != corpus.tokenizer:
-        raise UserError(
-            f"{path} was trained with another vocabulary than {options.data}; name the right --data"
-        )
+        raise UserError(f"{path} has another vocabulary than {options.data}; name the right --data")
     if writer.kind == "gpt":
         if Path(path).resolve() == Path(options.evaluator).resolve():
-            raise UserError(
-                f"{path} cannot be judged by itself; train another --evaluator, with another --seed"
-            )
+            raise UserError(f"{path} cannot be judged by itself; train one with another --seed")
         gpt = build(GPT, TransformerConfig, load_gpt_state(path)).to(device)
         names = ["top_p", "temperature"]
     else:
@@ -280,26 +282,28 @@ def make_systems(options, corpus, device):
     row that all of them can write. Raises UserError."""
     systems = {}
     ours = []
-    for spec in options.systems.split(","):
-        label, _, rest = spec.strip().rpartition("=")
-        label = label or rest
-        kind, _, path = rest.partition(":")
-        if label in systems or kind not in ("real", "unigram", *MODELS):
+    specs = [spec.strip() for spec in options.systems.split(",")]
+    if options.texts:
+        specs.append(f"{Path(options.texts).name}=texts:{options.texts}")
+    for spec in specs:
+        label, kind, path = re.fullmatch(SPEC, spec).groups()
+        label = label or spec
+        if label in systems or kind not in ("real", "unigram", "texts", *MODELS):
             raise UserError(
                 f"--systems: {spec!r}: expected [LABEL=]KIND[:PATH], with a LABEL of its own; "
-                f"KIND is real, unigram, {', '.join(MODELS)}"
+                f"KIND is real, unigram, texts, {', '.join(MODELS)}"
             )
         if kind == "real":
             systems[label] = System(references)
         elif kind == "unigram":
             systems[label] = random_words(corpus)
+        elif kind == "texts":
+            systems[label] = given_texts(path or "")
         else:
             systems[label] = load_model(kind, path, options, corpus, device)
         corpus.N = min(corpus.N, systems[label].longest_row)
         if kind == "textldm":
             ours.append(label)
-    if options.texts:
-        systems[Path(options.texts).name] = given_texts(options.texts)
     return systems, ours
 
 
@@ -313,6 +317,7 @@ class Judge:
     def __init__(self, options, corpus, lines, evaluator):
         """evaluator: the state of a checkpoint of a GPT."""
         self.seed, self.corpus, self.lines = options.seed, corpus, lines
+        self.likeness = options.likeness
         # The kind of attention depends on the length of rows.
         device, self.autocast = pick_device(options.device, corpus.N)
         self.tokenizer = evaluator["tokenizer"]
@@ -354,7 +359,8 @@ class Judge:
         return dict(scores, prompts=prompts, texts=written, ended=ended)
 
     def rng(self, name):
-        return rng_of(self.seed, name)
+        """The generator of one metric, by its name. So no metric moves the draws of another."""
+        return np.random.default_rng([self.seed, *name.encode()])
 
     def numbers(self, half):
         """NLL per token by the GPT, NLL per word by counts, and entropy, with half an interval."""
@@ -370,13 +376,24 @@ class Judge:
     def row(self, half):
         """The columns of a system, without its settings and costs."""
         texts, prompts, row = half["texts"], half["prompts"], self.numbers(half)
+        size = [len(text.encode("utf-8", "replace")) for text in texts]
+        row["nll_byte"] = interval(per_token(half["nll"], size, self.rng("nll_byte")))
         # Of other prompts, so that real text is not compared with itself.
         features = self.chosen_by["features"], half["features"]
         row["mauve"] = metrics.mauve(*features, self.clusters, self.rng("mauve"))
         row["copied_prompt"], row["copied_train"] = metrics.copied(texts, prompts, self.training)
         row["words_known"], row["copies"] = metrics.known(texts, prompts, self.training)
         row["repeated"] = metrics.repeated(texts, prompts)
+        row["tokens"] = float(half["count"].mean())
         row["ended"] = metrics.percent(half["ended"])
+        if self.likeness:
+            references = self.real["texts"]
+            names = ("rouge_1", "rouge_2", "rouge_l", "bertscore")
+            scores = *metrics.rouge(texts, references), metrics.bert_score(texts, references)
+            for name, found in zip(names, scores):
+                if not isinstance(found, str):
+                    found = interval(per_token(found, np.ones(len(found)), self.rng(name)))
+                row[name] = found
         return row
 
     def try_all(self, system, bar):
@@ -416,7 +433,7 @@ def judge_all(judge, systems, ours):
     for name, row in rows.items():
         for key in ("nll", "nll_word"):
             points = frontier.get(name, [])
-            row[f"{key}_at_real_entropy"] = at_entropy(points, real["entropy"], key)
+            row[f"{key}_at_real_entropy"] = metrics.at_entropy(points, real["entropy"], key)
         for other in ours:
             row[f"nll_above_{other}"] = interval(drawn[name] - drawn[other])
     return dict(systems=rows, frontier=frontier, real=real, texts=texts)
@@ -432,10 +449,10 @@ def report_of(result):
         f"`{setting['command']}`, commit {setting['commit']}, {setting['machine']}.\n\n"
         f"Half of {setting['n']} prompts of {setting['benchmark']} (knobs chosen on the other). "
         f"Rows of at most {setting['row']} tokens; NLL and MAUVE by {setting['evaluator']}, "
-        f"{setting['clusters']} clusters; entropy of {setting['count']} tokens. NLL is in nats, a "
-        "token by the GPT, a word by counts, at the entropy of real text (of all knobs), and above "
-        "a system, paired by prompt. The rest is in percent, but seconds, for all prompts, and "
-        "evaluations of a network, for one. ± is half of a 95% interval.\n",
+        f"{setting['clusters']} clusters; entropy of {setting['count']} tokens. NLL is in nats: a "
+        "token, by the GPT; a word, by counts; at the entropy of real text, by all knobs; above a "
+        "system, paired by prompt. Tokens and evaluations of a network are for a text, seconds for "
+        "all prompts, and the rest is in percent. ± is half of a 95% interval.\n",
     ]
     for name, row in rows.items():
         if len(lines) == 1:
@@ -464,16 +481,15 @@ def machine(device):
 
 def commit():
     """The commit of this code, and whether it was changed since."""
-    command = ("git", "describe", "--always", "--dirty", "--exclude=*")
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    except OSError:
-        return "unknown"
-    return done.stdout.strip()
+    command = f'git -C "{Path(__file__).parent}" describe --always --dirty --exclude="*"'
+    status, text = subprocess.getstatusoutput(command)
+    return "unknown" if status else text
 
 
 def main():
     (options,) = command_line(__doc__, EvalConfig)
+    if options.likeness and not (find_spec("rouge_score") and find_spec("bert_score")):
+        raise UserError("--likeness needs more packages: pip install rouge-score bert-score")
     options.evaluator = options.evaluator or f"{options.out}/evaluator/gpt.pt"
     evaluator = load_gpt_state(options.evaluator)
     device, _ = pick_device(options.device)

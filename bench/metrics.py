@@ -2,6 +2,8 @@
 
 import math
 import os
+import unicodedata
+from importlib.util import find_spec
 
 import numpy as np
 import regex  # tiktoken depends on it too
@@ -12,12 +14,8 @@ from bench.ngram import WORD
 from engine.corpus import Corpus, encode, load_encoding
 from textldm import cross_entropy
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # BERTScore never fetches weights
 PIECE = 2**24  # tokens of the training text that are compared at once, for the memory
-
-
-def rng_of(seed, name):
-    """The generator of one metric, by its name. So no metric moves the draws of another."""
-    return np.random.default_rng([seed, *name.encode()])
 
 
 @torch.no_grad()
@@ -66,31 +64,70 @@ def words_of(text):
     return regex.findall(WORD, text)
 
 
+class Words:
+    """ROUGE's words, in every script. Its package's own are runs of a-z and 0-9."""
+
+    def tokenize(self, text):
+        return words_of(unicodedata.normalize("NFC", text.lower()).replace("_", " "))
+
+
+def rouge(texts, references):
+    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L (n,), times 100, without stemming: three arrays, or three
+    times a str that says why there is none."""
+    if not any(map(words_of, references)):
+        return 3 * ["no reference has a word"]
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=Words())
+    scores = [scorer.score(*pair).values() for pair in zip(references, texts)]
+    return np.array([[100 * score.fmeasure for score in row] for row in scores]).T
+
+
+def bert_score(texts, references):
+    """F1 of BERTScore (n,), times 100, by roberta-large. An empty text has 0. Or a str that says
+    why there is none."""
+    letters = regex.findall(r"\p{L}", "".join(references))
+    if sum(map(str.isascii, letters)) <= len(letters) / 2:
+        return "its model reads English"
+    rows = [i for i, pair in enumerate(zip(texts, references)) if all(map(str.strip, pair))]
+    if not rows:
+        return "all texts are empty"
+    import bert_score as package
+
+    some = [texts[i] for i in rows], [references[i] for i in rows]
+    scores = np.zeros(len(texts))
+    try:
+        _, _, f1 = package.score(*some, lang="en")
+    except OSError:  # transformers finds no file
+        return "roberta-large is not on this machine"
+    scores[rows] = 100 * f1.numpy()
+    return scores
+
+
 def mauve(real, features, clusters, rng):
     """MAUVE [Pillutla et al. 2021, arXiv 2102.01454], times 100, of features (n, E) against real
     ones, and half of a 95% interval.
 
     The interval is the spread over halves of both. Halves are drawn without replacement, because
     repeated texts would look nearer to each other than they are."""
-    try:
-        import mauve as package
-    except ImportError:
+    if clusters < 2:  # of any two sets it would say the same
+        return "too few prompts; --n=16 or more"
+    if not find_spec("mauve"):
         return "pip install mauve-text"
-
-    def half_of(x):
-        return x[rng.permutation(len(x))[: len(x) // 2]]
+    import mauve as package
 
     halves = []
     for _ in range(8):
-        halves.append(quiet_mauve(package, half_of(real), half_of(features), clusters))
+        half = [x[rng.permutation(len(x))[: len(x) // 2]] for x in (real, features)]
+        halves.append(quiet_mauve(package, *half, clusters))
     whole = quiet_mauve(package, real, features, clusters)
     return whole, 1.96 * float(np.std(halves, ddof=1))
 
 
 def quiet_mauve(package, p, q, clusters):
     stderr = os.dup(2)
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)  # faiss, which is in C, warns of fewer than 39 points per cluster
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 2)  # faiss, which is in C, warns of fewer than 39 points per cluster
     try:
         result = package.compute_mauve(
             p_features=p, q_features=q, num_buckets=clusters, seed=1, verbose=False
@@ -102,7 +139,6 @@ def quiet_mauve(package, p, q, clusters):
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
-        os.close(null)
 
 
 def entropy(rows, count, rng, repeats=20):
@@ -136,7 +172,7 @@ class TrainingText:
         text = self.encoding.decode(self.tokens[: 2**24].tolist())
         self.texts = text.split("<|endoftext|>")
         self.words = set(words_of(" ".join(self.texts)))
-        self.documents = set(self.texts) - {""}  # no document: what follows the last mark
+        self.documents = set(self.texts) - {""}  # a text that says nothing is no copy
 
 
 def copied(texts, prompts, training):
@@ -161,10 +197,9 @@ def copied(texts, prompts, training):
 def hash_4(ids):
     """Hashes of all 4-grams of ids. They are of 61 bits or more, so collisions do not count."""
     ids = np.asarray(ids, dtype=np.uint64)
-    n = max(len(ids) - 3, 0)
-    h = np.zeros(n, np.uint64)
+    h = np.zeros(max(len(ids) - 3, 0), np.uint64)
     for k in range(4):
-        h = (h ^ ids[k : n + k]) * np.uint64(0x9E3779B97F4A7C15)
+        h = (h ^ ids[k : k + len(h)]) * np.uint64(0x9E3779B97F4A7C15)
         h ^= h >> np.uint64(29)
     return h
 
@@ -221,11 +256,10 @@ def choose(points, real):
     """The index of the point that is nearest to the point of real text, in NLL and entropy
     together."""
 
-    def distance(point):
-        away = abs(point["nll"] - real["nll"]) + abs(point["entropy"] - real["entropy"])
-        return away if math.isfinite(away) else math.inf
-
-    return min(range(len(points)), key=lambda i: distance(points[i]))
+    away = []
+    for point in points:
+        away.append(abs(point["nll"] - real["nll"]) + abs(point["entropy"] - real["entropy"]))
+    return int(np.argmin(np.nan_to_num(away, nan=math.inf)))
 
 
 def running(knob):
@@ -245,11 +279,10 @@ def curves_of(points):
 
 
 def at_entropy(points, wanted, key):
-    """The NLL of this key where the best curve through points has the wanted entropy. NaN where
-    none has it."""
+    """The NLL of this key where the best curve has the wanted entropy, or a str if none has it."""
     values = []
     for curve in curves_of(points):
         entropies = [point["entropy"] for point in curve]
         if entropies[0] <= wanted <= entropies[-1]:
             values.append(np.interp(wanted, entropies, [point[key] for point in curve]))
-    return float(min(values, default=math.nan))
+    return float(min(values)) if values else "no curve has it"

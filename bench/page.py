@@ -5,7 +5,7 @@ network.
     python bench/page.py --out=out/input --prompts="The; I said"
 
 It shows what the DiT's estimate decodes to at each step, and the probabilities that the DiT gives
-to tokens. Below, a GPT writes one more token with each step.
+to tokens (with the prompt, at temperature 1). Below, a GPT writes one more token with each step.
 """
 
 import json
@@ -91,7 +91,7 @@ def written_by_gpt(gpt, prompt, sampling, encoding):
     """What the GPT writes: its tokens."""
     (text,) = generate(gpt, [prompt], 0, sampling.temperature, seed=sampling.seed)
     rows = torch.tensor([[gpt.config.end_of_text, *prompt, *text]])  # (1, N)
-    p = gpt(rows[:, : gpt.config.block_size])[0].float().softmax(-1)  # (N, V): of the next token
+    p = gpt(rows)[0].float().softmax(-1)  # (N, V): of the token after each
     return [described(encoding, *pair) for pair in zip(text, p[len(prompt) :])]
 
 
@@ -99,10 +99,16 @@ def notes(runs, options):
     """What the page says below."""
     longest = max(len(run["gpt"]) for run in runs)
     most = runs[0]["steps"][-1]["evaluations"]
+    lines = [f"TextLDM needs {most} evaluations of its network here, the GPT at most {longest}."]
+    if options.cfg != 1:
+        lines.append(
+            "With guidance a step has two evaluations, with the prompt (or the last guess) and "
+            "without. Probabilities are of the first; the text can hold a token that they rule out."
+        )
     return [
-        f"TextLDM needs {most} evaluations of its network here, the GPT at most {longest}. With "
-        "guidance a step has two. Probabilities are of the first; the text is of both.",
-        "(end): the text ends here. … goes on with the word before it.",
+        *lines,
+        "(end): the text ends here. A text without it has filled its row. A candidate that begins "
+        "with … goes on with the word before it.",
         f"{options.steps} steps, guidance scale {options.cfg:g}, temperature "
         f"{options.temperature:g}, seed {options.seed}, not picked.",
     ]
@@ -122,6 +128,8 @@ def main():
     if gpt_state["tokenizer"] != state["tokenizer"]:
         raise UserError(f"{gpt_path} and {path} have different tokenizers; name another --gpt")
     gpt = build(GPT, TransformerConfig, gpt_state)
+    if gpt.config.block_size <= dit.config.block_size:  # it reads an end-of-text token first
+        raise UserError(f"{gpt_path} needs longer rows than the DiT; name another --gpt")
     writer = diffusion_writer("dit", vae, dit, state["tokenizer"])
     texts = [text.strip() for text in options.prompts.split(";")]
 
@@ -137,7 +145,7 @@ def main():
             tokens = written_by_gpt(gpt, whole, sampling, writer.encoding)
         runs.append(dict(prompt=writer.encoding.decode(whole), steps=steps, gpt=tokens))
     content = dict(runs=runs, about=notes(runs, options), begin=BEGIN, corpus=options.about)
-    data = json.dumps(content).replace("<", "\\u003c")  # a text may not end the script
+    data = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c")  # ends no script
     page = (ROOT / "bench/page.html").read_text(encoding="utf-8")
     target = options.page or f"{options.out}/page.html"
     write_whole(target, page.replace(PLACE, f"const DATA = {data};"))

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import sys
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -16,41 +17,33 @@ from engine.corpus import Corpus
 from tests.helpers import randomised
 from textldm import GPT, TransformerConfig
 
+needs_rouge = pytest.mark.skipif(not find_spec("rouge_score"), reason="pip install rouge-score")
 needs_mauve = pytest.mark.skipif(not find_spec("mauve"), reason="pip install mauve-text")
 NO_AUTOCAST = contextlib.nullcontext()
 
 
 def test_an_entropy_is_of_equally_many_tokens_of_texts_in_random_orders():
-    """Three of four tokens: 1, 1, 4 or 4, 4, 1 in nats, or 1, 1, 1 where the text of ones is
-    longer. A draw takes 3 of 4 tokens, so its spread counts for 3 of 1."""
     rng = np.random.default_rng
-    expected = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))
+    expected = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))  # of 1, 1, 4 or 4, 4, 1
     found = metrics.entropy([np.array([1, 1]), np.array([4, 4])], 3, rng(0))
     assert found == pytest.approx((expected, 0))
     rows = [np.array([1, 1, 1]), np.array([4])]
     orders = rng(0)
     values = [(0, expected)[orders.permutation(2)[0]] for _ in range(20)]
-    half = 1.96 * np.std(values, ddof=1) * math.sqrt(3)
+    half = 1.96 * np.std(values, ddof=1) * math.sqrt(3 / 1)  # 3 tokens are drawn and 1 is left
     assert metrics.entropy(rows, 3, rng(0)) == pytest.approx((np.mean(values), half))
     assert math.isnan(metrics.entropy(rows, 4, rng(0))[0])
 
 
 def test_an_interval_is_of_a_ratio_of_sums():
-    """8 nats of 4 tokens: 2; drawn twice alone, the texts have 2 of 1, and 6 of 3, or 7 and 1. Of
-    two values 0 and 1 more than 2.5% of the draws are both 0, and both 1."""
     for nll, count, expected in (
         ([2.0, 6], [1, 3], (2, 0)),
-        ([1.0, 7], [1, 3], (2, (7 / 3 - 1) / 2)),
-        ([0.0, 1], [1, 1], (0.5, 0.5)),
+        ([1.0, 7], [1, 3], (2, (7 / 3 - 1) / 2)),  # each text alone: 1 of 1, and 7 of 3
+        ([0.0, 0, 1], [1, 1, 1], (1 / 3, 1 / 2)),  # 1 in 27 draws, 3.7%, has the 1 three times
+        ([1.0, 1, 0], [1, 1, 1], (2 / 3, 1 / 2)),
     ):
         values = metrics.per_token(nll, count, np.random.default_rng(0))
-        assert metrics.interval(values) == expected and len(values) == 1001
-
-
-def test_the_generators_of_metrics_are_their_own():
-    given = [(1, "nll"), (1, "nll"), (2, "nll"), (1, "mauve")]
-    first, again, *others = [metrics.rng_of(*x).integers(2**60) for x in given]
-    assert first == again and len({first, *others}) == 3
+        assert metrics.interval(values) == pytest.approx(expected) and len(values) == 1001
 
 
 def test_the_point_nearest_to_real_text_in_nll_and_entropy_is_chosen():
@@ -60,7 +53,6 @@ def test_the_point_nearest_to_real_text_in_nll_and_entropy_is_chosen():
 
 
 def test_nll_at_an_entropy_is_of_the_best_curve_that_reaches_it():
-    """Between entropies 4 and 5 a quarter of the way: 2 + 0.25; the other curve has 3."""
     points = []
     for steps, temperature, entropy, nll in (
         (10, 1.0, 5, 3.0),
@@ -71,10 +63,10 @@ def test_nll_at_an_entropy_is_of_the_best_curve_that_reaches_it():
     ):
         knob = dict(steps=steps, temperature=temperature)
         points.append(dict(knob=knob, entropy=entropy, nll=nll, nll_word=10 * nll))
-    assert metrics.at_entropy(points, 4.25, "nll") == 2.25
+    assert metrics.at_entropy(points, 4.25, "nll") == 2 + 0.25, "the other curve has 3"
     assert metrics.at_entropy(points, 4.25, "nll_word") == 22.5
     assert metrics.at_entropy(points, 5.5, "nll") == 3
-    assert math.isnan(metrics.at_entropy(points, 6.5, "nll"))
+    assert metrics.at_entropy(points, 6.5, "nll") == "no curve has it"
     by_guidance = [dict(knob=dict(steps=1, cfg=w), entropy=w, nll=w) for w in (1, 3)]
     assert metrics.at_entropy(by_guidance, 2, "nll") == 2
     assert [[p["nll"] for p in curve] for curve in metrics.curves_of(points)] == [[2, 3], [3, 3]]
@@ -88,19 +80,18 @@ class Letters:
 
 
 def test_a_gpt_scores_the_tokens_after_the_prompt_and_the_end(monkeypatch):
-    """Each row as it is alone, without padding, with a batch for each."""
-    torch.manual_seed(0)
     config = TransformerConfig(n_layer=1, n_head=1, n_embd=8, block_size=6, vocab_size=27)
     gpt = GPT(config)
     gpt.load_state_dict(randomised(dict(model=gpt.state_dict()))["model"])
     monkeypatch.setattr(metrics, "load_encoding", lambda tokenizer: Letters())
-    prompts, texts = ["ab", "", "abcdefg"], [("c", True), ("abc", False), ("de", True)]
+    prompts = ["ab", "", "abcdefg", "a"]
+    texts = [("c", True), ("abc", False), ("de", True), ("bcdefgh", True)]
     found = metrics.score(gpt, dict(eot=26), prompts, texts, NO_AUTOCAST)
-    assert [row.tolist() for row in found["tokens"]] == [[2], [0, 1, 2], [3, 4]]
-    assert found["count"].tolist() == [2, 3, 3]
-    whole = [[26, 0, 1, 2, 26], [26, 0, 1, 2], [5, 6, 3, 4, 26]]
-    whole[2] = [26, 0, 1, 2, 3, 4, 5, 6, 3, 4, 26][-6:]
-    for i, (row, count, last) in enumerate(zip(whole, (2, 3, 3), (3, 3, 4))):
+    tokens = [[2], [0, 1, 2], [3, 4], [1, 2, 3, 4, 5]]
+    assert [row.tolist() for row in found["tokens"]] == tokens
+    assert found["count"].tolist() == [2, 3, 3, 5]
+    whole = [[26, 0, 1, 2, 26], [26, 0, 1, 2], [4, 5, 6, 3, 4, 26], [0, 1, 2, 3, 4, 5]]
+    for i, (row, count, last) in enumerate(zip(whole, (2, 3, 3, 5), (3, 3, 4, 5))):
         x = torch.tensor([row])
         with torch.no_grad():
             h = gpt.ln_f(gpt.hidden_states(x, 1))[0]
@@ -110,14 +101,13 @@ def test_a_gpt_scores_the_tokens_after_the_prompt_and_the_end(monkeypatch):
 
 
 def test_copied_4_grams_are_of_the_own_prompt_and_of_the_training_text(monkeypatch):
-    """Of abcde and wxyz: abcd and bcde are in the first prompt; bcde and wxyz are trained on."""
     monkeypatch.setattr(metrics, "PIECE", 3)
     tokens = np.array(Letters().encode("bcdewxyzz"), dtype=np.uint16)
     training = SimpleNamespace(encoding=Letters(), tokens=tokens)
     in_prompt, in_training = metrics.copied(["abcde", "wxyz"], ["abcdef", "abcde"], training)
-    assert (in_prompt, in_training) == pytest.approx((200 / 3, 200 / 3))
-    in_prompt, _ = metrics.copied(["wxyz", "abcd"], ["abcd", "wxyz"], training)
-    assert in_prompt == 0, "of another prompt"
+    assert in_prompt == pytest.approx(200 / 3), "abcd and bcde, of three"
+    assert in_training == pytest.approx(200 / 3), "bcde and wxyz"
+    assert metrics.copied(["wxyz", "abcd"], ["abcd", "wxyz"], training)[0] == 0, "of others"
     assert math.isnan(metrics.copied(["abc"], ["abc"], training)[0])
 
 
@@ -138,8 +128,8 @@ def test_the_training_text_is_train_and_not_val_and_no_empty_document(home):
 
 
 def test_words_that_repeat_the_word_before_are_counted():
-    """Of 5 words 2: "the" after the prompt's "the", and the second "thou"."""
-    assert metrics.repeated([" the cat, thou", " Thou thou"], ["of THE", ""]) == pytest.approx(40)
+    found = metrics.repeated([" the cat, thou", " Thou thou"], ["of THE", ""])
+    assert found == pytest.approx(40), "2 of 5: `the` after the prompt's, and the last"
     assert math.isnan(metrics.repeated(["", "!"], ["a", "b"]))
 
 
@@ -147,13 +137,21 @@ def test_words_that_repeat_the_word_before_are_counted():
 
 
 def test_counts_are_interpolated_as_witten_and_bell_do():
-    """After `a`, two types in three occurrences: (2 + 2 p) / (3 + 2), where p of `b` without
-    context is (2 + 3 u) / (6 + 3), of three types in six tokens."""
     u = 0.1
     counts = Counts([("a", "b"), ("a", "b"), ("a", "c")], 2, lambda symbol: u)
-    p = (2 + 3 * u) / (6 + 3)
+    p = (2 + 3 * u) / (6 + 3)  # `b` is two of six, of three types
     assert counts.probability(("x", "b"), 1) == pytest.approx(p), "an unknown context"
     assert counts.probability(("a", "b"), 1) == pytest.approx((2 + 2 * p) / (3 + 2))
+
+
+def test_unknown_words_are_spelled_and_ends_are_expected():
+    model = WordModel(["a"])
+    u = 2**-16
+    b = 2 * u / (2 + 2) * (1 + 2 * u) / (2 + 2)  # `b` and its end, of two types in two characters
+    end = (1 + 2 * 1e-3) / (2 + 2)
+    expected = [2 * b / (2 + 2), (1 + end) / (1 + 1)]
+    nats, count = model.score(["", "a"], [("b", False), ("", True)])
+    assert np.exp(-nats) == pytest.approx(expected) and count.tolist() == [1, 1]
 
 
 def test_words_are_scored_from_the_one_that_the_prompt_begins_to_the_end():
@@ -170,12 +168,51 @@ def test_words_are_scored_from_the_one_that_the_prompt_begins_to_the_end():
     assert nats[1] == pytest.approx(nats_of("the", "cat"))
     assert nats[2] == pytest.approx(nats[0] + nats_of("the", "cat", "ran", END))
     assert nats[3] == pytest.approx(nats_of("the", ",", "cat") + nats_of("the", ",", "cat", "sat"))
-    assert model.spelling("catt") > model.spelling("qzzk") > 0
+
+
+# ---- Likeness
+
+
+@needs_rouge
+def test_rouge_counts_words_of_any_script_and_characters_where_words_have_no_spaces():
+    texts = ["a naïve кот", "我喜欢猫", "a b_c d"]
+    ones, twos, longest = metrics.rouge(texts, ["THE nai\u0308ve КОТ", "我喜欢狗狗", "a c b d"])
+    assert ones.tolist() == pytest.approx([200 / 3, 100 * 2 * 3 / (4 + 5), 100])
+    assert (twos[0], longest[2]) == (50, 75)
+
+
+def test_bert_score_is_f1_times_100_and_0_of_an_empty_text(monkeypatch):
+    def score(texts, references, lang):
+        if texts == ["none"]:
+            raise OSError("roberta-large does not appear to have a file named config.json")
+        assert (texts, references, lang) == (["a", "b"], ["c", "e"], "en")
+        return torch.zeros(2), torch.ones(2), torch.tensor([0.25, 1.0])
+
+    monkeypatch.setitem(sys.modules, "bert_score", SimpleNamespace(score=score))
+    assert metrics.bert_score(["a", " ", "b"], ["c", "d", "e"]).tolist() == [25, 0, 100]
+    assert metrics.bert_score(["none"], ["a"]) == "roberta-large is not on this machine"
+
+
+def test_likeness_says_why_it_is_absent():
+    assert metrics.rouge(["a"], ["..."]) == ["no reference has a word"] * 3
+    assert metrics.bert_score(["кот"], ["кот спит a"]) == "its model reads English"
+    assert metrics.bert_score([" "], ["a cat"]) == "all texts are empty"
 
 
 @needs_mauve
-def test_mauve_tells_two_sets_apart_and_needs_two_clusters():
+def test_mauve_is_100_of_equal_sets_and_its_interval_is_of_halves(monkeypatch):
     x = np.random.default_rng(0).normal(size=(8, 4))
-    same, half = metrics.mauve(x, x, 2, np.random.default_rng(0))
+    same, _ = metrics.mauve(x, x, 2, np.random.default_rng(0))
     other, _ = metrics.mauve(x, x + 50, 2, np.random.default_rng(0))
-    assert same == 100 > 50 > other and half >= 0
+    assert same == 100 > 50 > other
+    assert metrics.mauve(x, x, 1, None) == "too few prompts; --n=16 or more"
+    sizes = []
+
+    def mauve_of(package, p, q, clusters):
+        sizes.append((len(np.unique(p, axis=0)), len(np.unique(q, axis=0))))
+        return len(sizes) % 2  # 1, 0, 1 ...: a spread of sqrt(8 * 0.25 / 7)
+
+    monkeypatch.setattr(metrics, "quiet_mauve", mauve_of)
+    found = metrics.mauve(x, x[:6], 2, np.random.default_rng(0))
+    assert found == pytest.approx((1, 1.96 * math.sqrt(2 / 7)))
+    assert sizes == [(4, 3)] * 8 + [(8, 6)]
