@@ -1,7 +1,6 @@
 """What bench/evaluate.py, bench/plots.py and bench/speed.py make of texts, and what they refuse."""
 
 import json
-import math
 import shutil
 import time
 from types import SimpleNamespace
@@ -13,24 +12,12 @@ import torch
 from bench import evaluate, metrics, plots
 from bench.evaluate import Judge, System, beginnings_of_words, make_benchmark
 from bench.speed import cached_gpt, median_of
-from engine.config import UserError, command_line
+from engine.config import UserError
 from engine.corpus import Corpus
-from tests.helpers import load, refuse, run_module, script
+from tests.helpers import load, randomised, refuse, run_module, script
 from textldm import GPT, TransformerConfig, row_seeds
 
-CPU = "--device=cpu"
-
-
 # ---- The judge
-
-
-class Words:
-    """An encoding of words."""
-
-    def encode(self, text, disallowed_special):
-        return text.split()
-
-    decode = staticmethod(" ".join)
 
 
 def by_hand(prompts, texts):
@@ -52,20 +39,28 @@ def judge(monkeypatch):
     judge.lines = []
     for i, reference in enumerate(["4 1", "4 2", "8 3", "8 4"]):
         judge.lines.append(dict(prompt=f"p{i}", ids=[i], reference=reference, ended=True))
-    judge.seed, judge.training, judge.judge = 1, None, by_hand
-    judge.corpus = SimpleNamespace(N=9, encoding=Words())
+    judge.seed, judge.training, judge.judge, judge.likeness = 1, None, by_hand, True
+    words = SimpleNamespace(encode=lambda text, disallowed_special: text.split(), decode=" ".join)
+    judge.corpus = SimpleNamespace(N=9, encoding=words)
     judge.autocast = torch.autocast("cpu", enabled=False)
     judge.clusters, judge.count = 2, 2
     judge.chosen_by, judge.real, _ = judge.measure(System(evaluate.references), {})
-    monkeypatch.setattr(metrics, "mauve", lambda *given: tuple(x.tolist() for x in given[:2]))
-    monkeypatch.setattr(metrics, "copied", lambda texts, prompts, training: (texts, prompts))
-    monkeypatch.setattr(metrics, "known", lambda texts, prompts, training: (prompts, 0.0))
-    monkeypatch.setattr(metrics, "repeated", lambda texts, prompts: (texts, prompts))
+    found = dict(
+        mauve=lambda real, features, clusters, rng: (real.tolist(), features.tolist()),
+        copied=lambda texts, prompts, training: (texts, prompts),
+        known=lambda texts, prompts, training: (prompts, 0.0),
+        repeated=lambda texts, prompts: (texts, prompts),
+        rouge=lambda texts, references: (np.array([1.0, 3.0]), str(texts), str(references)),
+        bert_score=lambda texts, references: "absent",
+    )
+    for name, metric in found.items():
+        monkeypatch.setattr(metrics, name, metric)
     return judge
 
 
 # Nats of a text in the first half, and in the second.
 NATS = {1: (4, 2), 2: (9, 4), 3: (1, 8)}
+PAIR = "{}\u00a0{}"  # the space has two bytes
 
 
 def write(lines, knob, seeds):
@@ -73,25 +68,32 @@ def write(lines, knob, seeds):
     texts = []
     for line in lines:
         (i,) = line["ids"]
-        texts.append((f"{NATS[knob['x']][i // 2] + i % 2} {i}", i != 3))
+        texts.append((PAIR.format(NATS[knob["x"]][i // 2] + i % 2, i), i != 3))
     return texts, 30
 
 
 def test_settings_are_chosen_on_one_half_and_reported_on_the_other(judge):
-    """In the first half knob 1 is near the 4 nats of real text there. In the second, which has 8,
-    it would be knob 3; and knob 2 if the halves were mixed up. MAUVE compares with the first."""
+    # In the first half knob 1 is near the 4 nats of real text. In the second, which has 8, it would
+    # be knob 3; and knob 2 if the halves were mixed up.
     knobs = [dict(x=x) for x in (3, 2, 1)]
     row, frontier, per_text = judge.try_all(System(write, knobs), SimpleNamespace(update=int))
+    texts, prompts = (PAIR.format(2, 2), PAIR.format(3, 3)), ["p2", "p3"]
     assert row["knob"] == dict(x=1)
-    assert per_text == dict(texts=("2 2", "3 3"), nll=[2, 3], tokens=[2, 2])
+    assert per_text == dict(texts=texts, nll=[2, 3], tokens=[2, 2])
     assert [point["nll"] for point in frontier] == [17 / 4, 9 / 4, 5 / 4]
     assert [point["nll_word"] for point in frontier] == [17, 9, 5]
     assert [point["knob"] for point in frontier] == knobs
-    assert (row["nll"][0], row["nll_word"][0]) == (5 / 4, 50 / 10), "nats a token, and a word"
-    assert row["mauve"] == ([[4], [4]], [[2], [3]])
-    assert (row["copied_prompt"], row["copied_train"]) == (("2 2", "3 3"), ["p2", "p3"])
-    assert (row["words_known"], row["repeated"]) == (["p2", "p3"], (("2 2", "3 3"), ["p2", "p3"]))
-    assert (row["ended"], row["evaluations"]) == (50, 30) and row["seconds"] < 9
+    nll = {name: row[name][0] for name in ("nll", "nll_byte", "nll_word")}
+    assert nll == dict(nll=5 / 4, nll_byte=5 / 8, nll_word=50 / 10)
+    assert row["mauve"] == ([[4], [4]], [[2], [3]]), "the references of the first half"
+    assert (row["copied_prompt"], row["copied_train"]) == (texts, prompts)
+    assert (row["words_known"], row["copies"], row["repeated"]) == (prompts, 0, (texts, prompts))
+    assert (row["tokens"], row["ended"], row["evaluations"]) == (2, 50, 30)
+    assert (row["rouge_1"][0], row["rouge_2"], row["bertscore"]) == (2, str(texts), "absent")
+    assert row["rouge_l"] == str(("8 3", "8 4")), "the references of the same prompts"
+    assert 0 <= row["seconds"] < 9
+    draws = [judge.rng(name).integers(2**60) for name in ("nll", "nll", "mauve")]
+    assert draws[0] == draws[1] != draws[2], "a metric has a generator of its own"
 
 
 def test_a_text_is_cut_to_the_room_of_its_row(judge):
@@ -101,21 +103,21 @@ def test_a_text_is_cut_to_the_room_of_its_row(judge):
 
 
 def test_a_report_compares_all_with_ours(judge):
-    """All points have the entropy of real text, and that of knob 2 is the best there."""
-    knobs = dict(gpt=[dict(x=3), dict(x=2)], ours=[dict(x=2)])
-    systems = {name: System(write, knobs[name]) for name in knobs}
-    judge.count = 3
+    # All points have the entropy of real text, and that of knob 2 is the best there.
+    systems = dict(gpt=System(write, [dict(x=3), dict(x=2)]), ours=System(write, [dict(x=2)]))
     systems["real"] = System(evaluate.references)
+    judge.count = 3
     result = evaluate.judge_all(judge, systems, ["ours"])
-    real = result["real"]
-    assert (real["nll"], real["nll_word"]) == (4, 16)
+    entropy = np.log(3) - 2 / 3 * np.log(2)  # of three tokens, two of which are equal
+    assert result["real"] == pytest.approx(dict(nll=4, nll_word=16, entropy=entropy))
     assert list(result["frontier"]) == ["gpt", "ours"]
     rows = result["systems"]
-    assert [rows[name]["nll_above_ours"][0] for name in ("gpt", "ours", "real")] == [2, 0, 1.75]
-    assert rows["gpt"]["nll_above_ours"] == (2, 0), "4 nats more in each text of two tokens"
+    # Knob 3 has 4 nats more in each text of two tokens.
+    assert rows["gpt"]["nll_above_ours"] == (2, 0)
+    assert [rows[name]["nll_above_ours"][0] for name in ("ours", "real")] == [0, 1.75]
     assert rows["gpt"]["nll_at_real_entropy"] == 9 / 4
     assert rows["gpt"]["nll_word_at_real_entropy"] == 9
-    assert math.isnan(rows["real"]["nll_at_real_entropy"])
+    assert rows["real"]["nll_at_real_entropy"] == "no curve has it"
 
 
 def test_the_table_has_settings_numbers_and_intervals():
@@ -141,12 +143,13 @@ class Model(SimpleNamespace):
 def test_settings_are_all_combinations_and_prompts_go_in_batches_with_their_seeds(monkeypatch):
     model = Model(kind="dit", block=0, block_size=7, has_temperature=True, tokenizer={}, asked=[])
     monkeypatch.setattr(evaluate, "load_writer", lambda path, vae_path, device: model)
-    encoding = SimpleNamespace(decode=str)
-    corpus = SimpleNamespace(eot=2, tokenizer={}, encoding=encoding)
+    corpus = SimpleNamespace(eot=2, N=9, tokenizer={}, encoding=SimpleNamespace(decode=str))
     config = evaluate.EvalConfig(steps="4", cfg="1,3", keep="0,2", temperature="0.5,1")
-    config.batch_size = 2
-    system = evaluate.load_model("textldm", "x/dit.pt", config, corpus, "cpu")
-    assert len(system.knobs) == 8 and system.longest_row == 7
+    config.batch_size, config.systems = 2, "real, a b=textldm:x/y=1/dit.pt"
+    systems, ours = evaluate.make_systems(config, corpus, "cpu")
+    assert list(systems) == ["real", "a b"] and ours == ["a b"] and corpus.N == 7
+    system = systems["a b"]
+    assert len(system.knobs) == 8
     assert system.knobs[1] == dict(steps=4, cfg=1, keep=0, temperature=1)
     lines = [dict(ids=[1] * length) for length in (1, 2, 6)]
     texts, evaluations = system.write(lines, system.knobs[-2], [5, 6, 7])
@@ -173,8 +176,7 @@ def test_drawn_words_are_of_the_training_text_and_as_many_as_anothers(home):
     corpus = Corpus(home / "data", "val", 64)
     lines = [dict(reference="d"), dict(reference="e f g")]
     texts, _ = evaluate.random_words(corpus).write(lines, {}, [1, 2])
-    train = Corpus(home / "data", "train", 64)
-    words = set(corpus.encoding.decode(train.tokens.tolist()).replace("<|endoftext|>", " ").split())
+    words = set(" ".join(metrics.TrainingText(corpus).texts).split())
     assert [len(text.split()) for text, _ in texts] == [3, 1]
     assert all(text[0] == " " and set(text.split()) <= words for text, _ in texts)
 
@@ -199,23 +201,29 @@ def test_documents_are_cut_between_words_or_characters_of_scripts_without_spaces
     assert {text: beginnings_of_words(text) for text in PLACES} == PLACES
 
 
-def test_a_benchmark_has_val_documents_cut_near_their_middle(home):
-    corpus = Corpus(home / "data", "val", 64)
-    documents = corpus.encoding.decode(corpus.tokens.tolist()).split("<|endoftext|>")
-    options = SimpleNamespace(n=12, seed=1, unprompted=False)
-    lines = make_benchmark(corpus, options)
-    assert len({line["prompt"] + line["reference"] for line in lines}) == 12
-    for line in lines:
-        assert line["prompt"] + line["reference"] in documents and line["ended"]
-        cuts = beginnings_of_words(line["prompt"] + line["reference"])
-        length = len(line["prompt"] + line["reference"])
-        distance = abs(len(line["prompt"]) - length / 2)
-        assert distance <= 0.1 * length + min(abs(cut - length / 2) for cut in cuts)
-    options.unprompted = True
-    assert {line["prompt"] for line in make_benchmark(corpus, options)} == {""}
+def test_a_benchmark_has_documents_that_fit_a_row_cut_near_their_middle(tmp_path):
+    # Each letter is a token. In 15 letters, 40 to 60% is nearest to the second of three spaces.
+    documents = [f"{x}b cdef ghij kl" for x in "nopqrs"] + ["longerthan a row!", " ", "word"]
+    tokens = np.array([ord(x) for x in "".join(text + "\0" for text in documents)])
+    encoding = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
+    corpus = SimpleNamespace(tokens=tokens, eot=0, N=16, encoding=encoding, path="val.bin")
+
+    def made(n, is_stream, unprompted=False):
+        corpus.is_stream = is_stream
+        options = SimpleNamespace(n=n, seed=1, unprompted=unprompted)
+        make_benchmark(corpus, tmp_path / "b.jsonl", options)
+        lines = map(json.loads, (tmp_path / "b.jsonl").read_text().splitlines())
+        return sorted((*line.values(),) for line in lines)
+
+    cut = [(f"{x}b cdef", " ghij kl", True) for x in "nopqrs"]
+    assert made(6, False) == cut
+    assert made(7, True) == [("longerthan", " a row", False), *cut]
+    assert made(8, True, unprompted=True)[-1] == ("", "word", True)
+    with pytest.raises(UserError, match="--n=7, but only 6 documents of val.bin fit"):
+        made(7, False)
 
 
-def test_lines_are_shuffled_and_whole_documents_if_unprompted(home, tmp_path):
+def test_lines_are_shuffled_and_know_their_tokens(home, tmp_path):
     lines = [json.dumps(dict(prompt="a", reference=f"{i}", ended=i > 4)) for i in range(9)]
     (tmp_path / "b.jsonl").write_text("\n".join(lines))
     corpus = Corpus(home / "data", "val", 64)
@@ -225,51 +233,51 @@ def test_lines_are_shuffled_and_whole_documents_if_unprompted(home, tmp_path):
     assert references != sorted(references) and len(set(references)) == 8
     assert all(line["ended"] == (int(line["reference"]) > 4) for line in lines)
     assert lines[0]["ids"] == corpus.encoding.encode("a")
-    options.unprompted = True
-    _, lines = evaluate.load_benchmark(options, corpus)
-    assert [line["reference"] for line in lines] == [f"a{x}" for x in references]
-    assert all(line["prompt"] == "" and line["ids"] == [] for line in lines)
 
 
 # ---- The whole
 
 
 def test_the_whole_report_agrees_with_the_texts(home, random_out, tmp_path):
-    out = tmp_path / "out"
     gpt, dit = random_out / "gpt.pt", random_out / "dit.pt"
     systems = f"real,unigram,a=gpt:{gpt},b=textldm:{random_out},c=textldm:{dit},d=textldm:{gpt}"
-    where = ["--data", home / "data", "--out", out, "--evaluator", home / "out/gpt.pt"]
+    where = ["--data", home / "data", "--out", tmp_path, "--evaluator", home / "out/gpt.pt"]
     options = ["--n=16", "--device=cpu", "--steps=2", "--cfg=1,2", "--temperature=1", "--top_p=1"]
     script("bench/evaluate.py", *where, *options, "--systems", systems)
-    (made,) = (home / "data").glob("benchmark_*")
-    made.unlink()
-    result = json.loads((out / "eval.json").read_text())
+    (path,) = (home / "data").glob("benchmark_*")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.unlink()
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert "| unigram |" in (tmp_path / "eval.md").read_text()
     for name in ("real", "unigram", "a", "b", "c", "d"):
         texts = result["texts"][name]
         assert len(texts["texts"]) == 8
         expected = sum(texts["nll"]) / sum(texts["tokens"])
         assert result["systems"][name]["nll"][0] == pytest.approx(expected)
-        assert f"| {name} |" in (out / "eval.md").read_text()
     a, b, c, d = (result["texts"][name] for name in "abcd")
     assert a == d != b == c, "a kind or a folder, and its file"
     ours = [title for title in result["systems"]["a"] if "above" in title]
     assert ours == ["nll_above_b", "nll_above_c", "nll_above_d"]
     assert [point["knob"]["cfg"] for point in result["frontier"]["b"]] == [1, 2]
-    assert (result["systems"]["real"]["ended"], result["setting"]["clusters"]) == (100, 2)
+    assert result["systems"]["real"]["ended"] == 100 and result["setting"]["clusters"] == 16 // 8
+    encoding = Corpus(home / "data", "val", 64).encoding
+    chosen_by = [lines[i]["reference"] for i in np.random.default_rng(1).permutation(16)[:8]]
+    assert result["setting"]["count"] == sum(map(len, map(encoding.encode, chosen_by))) // 2
 
 
 BAD_OPTIONS = [
-    ("val.bin has 63 usable texts; lower --n", ["--n=5000"]),
+    ("fit a row and have a place between two words; lower --n", ["--n=5000"]),
     ("KIND is real, unigram", ["--systems=real,fake"]),
     ("a LABEL of its own", ["--systems=real,real"]),
+    ("a LABEL of its own", ["--systems=benchmark.jsonl=real", "--texts={tmp}/benchmark.jsonl"]),
     ("--top_p=1,x", ["--systems=gpt", "--top_p=1,x"]),
     ("--steps=0: expected", ["--systems=textldm", "--steps=0"]),
-    ("does not exist", ["--benchmark=none"]),
-    ("has 280 usable texts", ["--benchmark={tmp}/benchmark.jsonl", "--n=300"]),
+    ("cut already", ["--benchmark={tmp}/benchmark.jsonl", "--unprompted"]),
+    ("has 280 lines; lower --n", ["--benchmark={tmp}/benchmark.jsonl", "--n=300"]),
+    ("line 2: the reference is empty", ["--benchmark={tmp}/empty.jsonl"]),
     ("none.pt is missing", ["--evaluator=none.pt"]),
     ("holds a gpt, and no masked", ["--systems=masked:{home}/out/gpt.pt"]),
     ("judged by itself", ["--systems=gpt", "--evaluator={home}/out/gpt.pt"]),
-    ("line 1: expected", ["--benchmark={home}/docs.jsonl"]),
 ]
 
 
@@ -277,24 +285,15 @@ BAD_OPTIONS = [
 def test_bad_options_are_refused(home, tmp_path, capsys, words, options):
     text = (home / "docs.jsonl").read_text().replace('"text"', '"prompt": "", "reference"')
     (tmp_path / "benchmark.jsonl").write_text(text)
+    lines = [json.dumps(dict(prompt="a", reference=x)) for x in "b "]
+    (tmp_path / "empty.jsonl").write_text("\n".join(lines))
     shutil.copy(home / "out/gpt.pt", tmp_path / "judge.pt")
     options = [option.format(home=home, tmp=tmp_path) for option in options]
     where = ["--data", home / "data", "--out", home / "out", "--evaluator", tmp_path / "judge.pt"]
     refuse(capsys, words, "bench/evaluate.py", *where, "--device=cpu", *options, keep=home)
 
 
-def test_paths_of_options_may_begin_at_the_home_folder(monkeypatch):
-    monkeypatch.setenv("HOME", "/h")
-    for config_type, names in (
-        (evaluate.EvalConfig, ("benchmark", "texts", "evaluator", "data", "out")),
-        (plots.PlotConfig, ("evaluation", "pictures")),
-    ):
-        monkeypatch.setattr("sys.argv", ["x", *(f"--{name}=~/x" for name in names)])
-        (config,) = command_line("", config_type)
-        assert {getattr(config, name) for name in names} == {"/h/x"}
-
-
-# ---- Pictures and speed
+# ---- The picture and speed
 
 
 def test_the_frontier_has_the_points_of_the_sweep_and_of_real_text(tmp_path, capsys):
@@ -310,49 +309,40 @@ def test_the_frontier_has_the_points_of_the_sweep_and_of_real_text(tmp_path, cap
     (tmp_path / "eval.json").write_text(json.dumps(result))
     options = plots.PlotConfig(out=str(tmp_path), systems="GPT", title="so")
     (axes,) = plots.frontier(plt, options).axes
-    first, second, real = axes.lines
-    assert first.get_xydata().tolist() == [[4.5, 1], [5, 2]]
-    assert second.get_xydata().tolist() == [[4.5, 2], [5, 3]]
-    assert real.get_xydata().tolist() == [[5.25, 2.5]]
-    assert first.get_color() == second.get_color() != real.get_color()
+    curves = [line.get_xydata().tolist() for line in axes.lines]
+    assert curves == [[[4.5, 1], [5, 2]], [[4.5, 2], [5, 3]], [[5.25, 2.5]]]
+    first, second, real = [line.get_color() for line in axes.lines]
+    assert first == second != real
     written = [(text.get_text(), tuple(text.xy)) for text in axes.texts]
     assert written[:2] == [("0.5", (4.5, 1)), ("1", (5, 2))]
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == ["GPT", "real text"] and axes.get_title() == "so"
     script("bench/plots.py", "--out", tmp_path)
-    names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
-    assert names == ["frontier.png", "pipeline.png"]
+    assert (tmp_path / "pictures/frontier.png").exists()
 
 
 def test_a_gpt_with_a_cache_writes_what_it_does_without():
     gpt = GPT(TransformerConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=50))
-    for name, p in gpt.named_parameters():
-        p.data = 0.5 * torch.randn(p.shape) + (".ln_" in f".{name}" and name.endswith("weight"))
-    prompt = torch.randint(0, 50, (1, 5))
-    row = prompt[0].tolist()
+    gpt.load_state_dict(randomised(dict(model=gpt.state_dict()))["model"])
+    row = [7, 1, 4, 2, 9]
+    prompt = torch.tensor([row])
     while len(row) < 12:
         row.append(gpt(torch.tensor([row]))[0, -1].argmax().item())
     assert cached_gpt(gpt, prompt, 7, torch.float32).tolist() == [row[5:]]
-    assert len(set(row)) > 5
+    assert len(set(row[5:])) > 3
 
 
 def test_speed_tells_the_milliseconds_of_a_step_and_tokens_a_second(home, monkeypatch, capsys):
-    """Each step is said to take 0.25 seconds, and each text of 5 tokens as long."""
     assert 0.02 < median_of(lambda: time.sleep(0.02), 0.1) < 0.05
     module = load("bench/speed.py")
-    calls = []
-
-    def median(work):
-        calls.append(work())
-        return 0.25
-
-    monkeypatch.setattr(module, "median_of", median)
+    made = []
+    monkeypatch.setattr(module, "median_of", lambda work: made.append(work()) or 0.25)
     where = ["--data", home / "data", "--device=cpu", "--out"]
     run_module(module, "bench/speed.py", *where, home / "out", "--new=5")
-    out = capsys.readouterr().out.splitlines()
+    out = capsys.readouterr().out
     rows = [f"| {stage} | 250 |" for stage in ("gpt", "vae", "dit")]
     rows += [f"| {n} tokens | {name} | 20.0 |" for n in (16, 256) for name in ("TextLDM", "GPT")]
-    assert [line for line in out if line in rows] == rows
-    assert [len(texts[0]) <= 5 for texts in calls[3:]] == [True] * 4
-    assert "torch" in out[0] and "commit" in out[0]
+    assert [line for line in out.splitlines() if line in rows] == rows
+    assert all(len(texts[0]) <= 5 for texts in made[3:])
+    assert out.startswith(f"commit {evaluate.commit()}, ") and f"torch {torch.__version__}" in out
     refuse(capsys, "gpt.pt is missing; train it", "bench/speed.py", *where, home / "none")
