@@ -3,7 +3,6 @@
 import contextlib
 import math
 import sys
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,9 +16,8 @@ from engine.corpus import Corpus
 from tests.helpers import randomised
 from textldm import GPT, TransformerConfig
 
-needs_rouge = pytest.mark.skipif(not find_spec("rouge_score"), reason="pip install rouge-score")
-needs_mauve = pytest.mark.skipif(not find_spec("mauve"), reason="pip install mauve-text")
-NO_AUTOCAST = contextlib.nullcontext()
+# An encoding of letters.
+LETTERS = SimpleNamespace(encode=lambda text, disallowed_special: [ord(x) - 97 for x in text])
 
 
 def test_an_entropy_is_of_equally_many_tokens_of_texts_in_random_orders():
@@ -72,23 +70,15 @@ def test_nll_at_an_entropy_is_of_the_best_curve_that_reaches_it():
     assert [[p["nll"] for p in curve] for curve in metrics.curves_of(points)] == [[2, 3], [3, 3]]
 
 
-class Letters:
-    """A vocabulary of letters."""
-
-    def encode(self, text, disallowed_special=()):
-        return [ord(letter) - ord("a") for letter in text]
-
-
 def test_a_gpt_scores_the_tokens_after_the_prompt_and_the_end(monkeypatch):
-    config = TransformerConfig(n_layer=1, n_head=1, n_embd=8, block_size=6, vocab_size=27)
-    gpt = GPT(config)
+    gpt = GPT(TransformerConfig(n_layer=1, n_head=1, n_embd=8, block_size=6, vocab_size=27))
     gpt.load_state_dict(randomised(dict(model=gpt.state_dict()))["model"])
-    monkeypatch.setattr(metrics, "load_encoding", lambda tokenizer: Letters())
+    monkeypatch.setattr(metrics, "load_encoding", lambda tokenizer: LETTERS)
     prompts = ["ab", "", "abcdefg", "a"]
     texts = [("c", True), ("abc", False), ("de", True), ("bcdefgh", True)]
-    found = metrics.score(gpt, dict(eot=26), prompts, texts, NO_AUTOCAST)
-    tokens = [[2], [0, 1, 2], [3, 4], [1, 2, 3, 4, 5]]
-    assert [row.tolist() for row in found["tokens"]] == tokens
+    found = metrics.score(gpt, dict(eot=26), prompts, texts, contextlib.nullcontext())
+    tokens = [row.tolist() for row in found["tokens"]]
+    assert tokens == [[2], [0, 1, 2], [3, 4], [1, 2, 3, 4, 5]]
     assert found["count"].tolist() == [2, 3, 3, 5]
     whole = [[26, 0, 1, 2, 26], [26, 0, 1, 2], [4, 5, 6, 3, 4, 26], [0, 1, 2, 3, 4, 5]]
     for i, (row, count, last) in enumerate(zip(whole, (2, 3, 3, 5), (3, 3, 4, 5))):
@@ -102,8 +92,8 @@ def test_a_gpt_scores_the_tokens_after_the_prompt_and_the_end(monkeypatch):
 
 def test_copied_4_grams_are_of_the_own_prompt_and_of_the_training_text(monkeypatch):
     monkeypatch.setattr(metrics, "PIECE", 3)
-    tokens = np.array(Letters().encode("bcdewxyzz"), dtype=np.uint16)
-    training = SimpleNamespace(encoding=Letters(), tokens=tokens)
+    tokens = np.array(LETTERS.encode("bcdewxyzz", ()), dtype=np.uint16)
+    training = SimpleNamespace(encoding=LETTERS, tokens=tokens)
     in_prompt, in_training = metrics.copied(["abcde", "wxyz"], ["abcdef", "abcde"], training)
     assert in_prompt == pytest.approx(200 / 3), "abcd and bcde, of three"
     assert in_training == pytest.approx(200 / 3), "bcde and wxyz"
@@ -133,9 +123,6 @@ def test_words_that_repeat_the_word_before_are_counted():
     assert math.isnan(metrics.repeated(["", "!"], ["a", "b"]))
 
 
-# ---- Counts of words
-
-
 def test_counts_are_interpolated_as_witten_and_bell_do():
     u = 0.1
     counts = Counts([("a", "b"), ("a", "b"), ("a", "c")], 2, lambda symbol: u)
@@ -156,25 +143,20 @@ def test_unknown_words_are_spelled_and_ends_are_expected():
 
 def test_words_are_scored_from_the_one_that_the_prompt_begins_to_the_end():
     model = WordModel(["the cat sat", "the cat ran", "a dog sat"] * 3)
-    prompts = ["the cat ", "the c", "the cat ", "the, "]
-    texts = [("ran", False), ("at", False), ("ran", True), ("cat sat", False)]
-    nats, count = model.score(prompts, texts)
-    assert count.tolist() == [1, 1, 2, 2]
-
-    def nats_of(*sequence):
-        return -math.log(model.words.probability(sequence, len(sequence) - 1))
-
-    assert nats[0] == pytest.approx(nats_of("the", "cat", "ran"))
-    assert nats[1] == pytest.approx(nats_of("the", "cat"))
-    assert nats[2] == pytest.approx(nats[0] + nats_of("the", "cat", "ran", END))
-    assert nats[3] == pytest.approx(nats_of("the", ",", "cat") + nats_of("the", ",", "cat", "sat"))
+    for prompt, text, ended, sequence, first in (
+        ("the cat ", "ran", False, ("the", "cat", "ran"), 2),
+        ("the c", "at", False, ("the", "cat"), 1),
+        ("the cat ", "ran", True, ("the", "cat", "ran", END), 2),
+        ("the, ", "cat sat", False, ("the", ",", "cat", "sat"), 2),
+    ):
+        places = range(first, len(sequence))
+        p = [model.words.probability(sequence, i) for i in places]
+        nats, count = model.score([prompt], [(text, ended)])
+        assert (nats, count) == (pytest.approx(-np.log(p).sum()), len(places))
 
 
-# ---- Likeness
-
-
-@needs_rouge
 def test_rouge_counts_words_of_any_script_and_characters_where_words_have_no_spaces():
+    pytest.importorskip("rouge_score")
     texts = ["a naïve кот", "我喜欢猫", "a b_c d"]
     ones, twos, longest = metrics.rouge(texts, ["THE nai\u0308ve КОТ", "我喜欢狗狗", "a c b d"])
     assert ones.tolist() == pytest.approx([200 / 3, 100 * 2 * 3 / (4 + 5), 100])
@@ -199,12 +181,11 @@ def test_likeness_says_why_it_is_absent():
     assert metrics.bert_score([" "], ["a cat"]) == "all texts are empty"
 
 
-@needs_mauve
 def test_mauve_is_100_of_equal_sets_and_its_interval_is_of_halves(monkeypatch):
-    x = np.random.default_rng(0).normal(size=(8, 4))
-    same, _ = metrics.mauve(x, x, 2, np.random.default_rng(0))
-    other, _ = metrics.mauve(x, x + 50, 2, np.random.default_rng(0))
-    assert same == 100 > 50 > other
+    pytest.importorskip("mauve")
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(8, 4))
+    assert metrics.mauve(x, x, 2, rng)[0] == 100 > 50 > metrics.mauve(x, x + 50, 2, rng)[0]
     assert metrics.mauve(x, x, 1, None) == "too few prompts; --n=16 or more"
     sizes = []
 
@@ -213,6 +194,5 @@ def test_mauve_is_100_of_equal_sets_and_its_interval_is_of_halves(monkeypatch):
         return len(sizes) % 2  # 1, 0, 1 ...: a spread of sqrt(8 * 0.25 / 7)
 
     monkeypatch.setattr(metrics, "quiet_mauve", mauve_of)
-    found = metrics.mauve(x, x[:6], 2, np.random.default_rng(0))
-    assert found == pytest.approx((1, 1.96 * math.sqrt(2 / 7)))
+    assert metrics.mauve(x, x[:6], 2, rng) == pytest.approx((1, 1.96 * math.sqrt(2 / 7)))
     assert sizes == [(4, 3)] * 8 + [(8, 6)]
