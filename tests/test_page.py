@@ -19,14 +19,14 @@ from variants.writers import load_writer
 
 PROMPTS = ["greek small letter", "</script><b>&amp", ""]
 STEPS = 5
-SETTINGS = [f"--steps={STEPS}", "--cfg=3", "--temperature=0.7", "--seed=4"]
 
 
 @pytest.fixture(scope="module")
 def page(random_out, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "page.html"
-    options = ["--out", random_out, "--page", path, "--prompts=" + ";".join(PROMPTS)]
-    script("bench/page.py", *options, *SETTINGS)
+    options = [f"--steps={STEPS}", "--cfg=3", "--temperature=0.7", "--seed=4"]
+    options += ["--out", random_out, "--page", path, "--prompts=" + ";".join(PROMPTS)]
+    script("bench/page.py", *options)
     return path
 
 
@@ -95,11 +95,10 @@ def test_the_page_in_docs_is_small_and_is_made_of_the_template():
     template, made = (path.read_text(encoding="utf-8") for path in (ROOT / "bench/page.html", page))
     line = re.compile(r"^const DATA = .*;.*$", re.M)
     assert line.sub("", made) == line.sub("", template), "make it again: bench/page.py"
+    assert not re.search(r"src=|https?:|@import", template)
 
 
-# ---- In a browser
-
-# Uses the page, and leaves what it shows in the place of the page.
+# Uses the page in a browser, and leaves what it shows in the place of the page.
 USE = """<script>
 const places = model => [...document.querySelectorAll(`#${model}-text .place`)];
 const texts = model => places(model).map(place => place.textContent);
@@ -132,24 +131,20 @@ ERRORS = "<script>const errors = []; onerror = error => errors.push(error);</scr
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
 
 
-@pytest.fixture(scope="module")
-def used(page, tmp_path_factory):
-    """What the page shows in a browser: for each prompt, and after Play; and its errors."""
+def test_in_a_browser_steps_show_their_texts_and_tokens_their_candidates(page, tmp_path):
     names = ("chromium", "chromium-browser", "google-chrome")
     browser = next(filter(None, map(shutil.which, names)), None)
     if not browser:
         pytest.skip("no Chromium")
-    folder = tmp_path_factory.mktemp("browser")
     text = page.read_text(encoding="utf-8")
     text = text.replace("<head>", "<head>" + ERRORS).replace("</body>", USE)
-    (folder / "page.html").write_text(text, encoding="utf-8")
-    command = [browser, *FLAGS, f"--user-data-dir={folder / 'profile'}", folder / "page.html"]
+    (tmp_path / "page.html").write_text(text, encoding="utf-8")
+    command = [browser, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", tmp_path / "page.html"]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120)
-    return json.loads(html.unescape(re.search(r"<body>(.*)</body>", done.stdout, re.S)[1]))
-
-
-def test_each_step_shows_its_text_and_each_token_its_candidates(used, page):
-    for run, (prompt, steps, chosen, bold) in zip(runs_of(page), used[0], strict=True):
+    body = re.search(r"<body>(.*)</body>", done.stdout, re.S)[1]
+    found, end, errors = json.loads(html.unescape(body))
+    assert end == [str(STEPS), "Replay"] and errors == []
+    for run, (prompt, steps, chosen, bold) in zip(runs_of(page), found, strict=True):
         assert prompt == run["prompt"] and bold == 0, "text is not code"
         for step, (ldm, gpt, count) in enumerate(steps):
             assert ldm == words(run["steps"][step]["tokens"]), step
@@ -161,9 +156,3 @@ def test_each_step_shows_its_text_and_each_token_its_candidates(used, page):
             marked = [percent for percent, is_marked in rows if is_marked]
             assert len(marked) == 1 and marked[0] in title
             assert len(rows) == len(candidates) + ([word, p] not in candidates)
-
-
-def test_play_goes_to_the_end_and_nothing_fails(used, page):
-    assert used[1] == [str(STEPS), "Replay"]
-    assert used[2] == []
-    assert not re.search(r"src=|https?:|@import", page.read_text(encoding="utf-8"))
