@@ -19,12 +19,12 @@ LETTERS = SimpleNamespace(encode=lambda text, disallowed_special: [ord(x) - 97 f
 
 
 def test_an_entropy_is_of_equally_many_tokens_of_texts_in_random_orders():
-    expected = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))  # of 4, 1, 1; and 0 of 1, 1, 1
+    one_other = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))  # 4, 1, 1; and 0: 1, 1, 1
     rows = [np.array([1, 1, 1]), np.array([4])]
     orders = np.random.default_rng(0)
-    values = [(0, expected)[orders.permutation(2)[0]] for _ in range(20)]
-    half = 1.96 * np.std(values, ddof=1) * math.sqrt(3 / 1)  # 3 tokens are drawn and 1 is left
-    assert metrics.entropy(rows, 3, np.random.default_rng(0)) == pytest.approx((np.mean(values), half))
+    values = [(0, one_other)[orders.permutation(2)[0]] for _ in range(20)]
+    expected = np.mean(values), 1.96 * np.std(values, ddof=1) * math.sqrt(3 / 1)  # 3, and 1 is left
+    assert metrics.entropy(rows, 3, np.random.default_rng(0)) == pytest.approx(expected)
     assert math.isnan(metrics.entropy(rows, 4, None)[0])
 
 
@@ -87,9 +87,8 @@ def test_copied_4_grams_are_of_the_own_prompt_and_of_the_training_text(monkeypat
     monkeypatch.setattr(metrics, "PIECE", 3)
     tokens = np.array(LETTERS.encode("bcdewxyzz", ()), dtype=np.uint16)
     training = SimpleNamespace(encoding=LETTERS, tokens=tokens)
-    in_prompt, in_training = metrics.copied(["abcde", "wxyz"], ["abcdef", "abcde"], training)
-    assert in_prompt == pytest.approx(200 / 3), "abcd and bcde, of three"
-    assert in_training == pytest.approx(200 / 3), "bcde and wxyz"
+    found = metrics.copied(["abcde", "wxyz"], ["abcdef", "abcde"], training)
+    assert found == pytest.approx((200 / 3, 200 / 3)), "abcd and bcde; bcde and wxyz"
     assert metrics.copied(["wxyz", "abcd"], ["abcd", "wxyz"], training)[0] == 0, "of others"
     assert math.isnan(metrics.copied(["abc"], ["abc"], training)[0])
 
