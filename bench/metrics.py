@@ -3,6 +3,7 @@
 import math
 import os
 import unicodedata
+from importlib.util import find_spec
 
 import numpy as np
 import regex  # tiktoken depends on it too
@@ -13,24 +14,26 @@ from bench.ngram import WORD
 from engine.corpus import Corpus, encode, load_encoding
 from textldm import cross_entropy
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # BERTScore never fetches weights: it is computed where they are
+os.environ["HF_HUB_OFFLINE"] = "1"  # BERTScore never fetches weights
 PIECE = 2**24  # tokens of the training text that are compared at once, for the memory
-
-
-def rng_of(seed, name):
-    """The generator of one metric, by its name. So no metric moves the draws of another."""
-    return np.random.default_rng([seed, *name.encode()])
 
 
 @torch.no_grad()
 def score(gpt, tokenizer, prompts, texts, autocast):
     """How probable each (text, ended) is after its prompt, by a GPT.
 
-    Returns the NLL of each text, in nats (n,), its tokens (n lists of ids) and its features (n, E):
-    the final hidden state at its last token. MAUVE compares these; its authors take those of
-    gpt2-large."""
-    eot = tokenizer["eot"]
-    new, rows = rows_to_score(tokenizer, prompts, texts, gpt.config.block_size)
+    Returns a dict. nll (n,): in nats. tokens: n arrays, without the end-of-text. count (n,): of
+    tokens, with it. features (n, E): the final hidden state at the last token. MAUVE compares
+    these; its authors take those of gpt2-large."""
+    eot, encoding = tokenizer["eot"], load_encoding(tokenizer)
+    new = []  # tokens, of each text
+    rows = []  # an end-of-text, the prompt and these tokens
+    for prompt, (text, ended) in zip(prompts, texts):
+        ids = encode(encoding, text)  # apart from the prompt
+        ids = [*ids, eot][: len(ids) + ended][: gpt.config.block_size - 1]
+        before = [eot, *encode(encoding, prompt)]
+        new.append(ids)
+        rows.append(before[len(ids) - gpt.config.block_size :] + ids)
     longest = max(len(row) for row in rows)
     B = max(1, 2**26 // (gpt.config.vocab_size * longest))  # so that the logits fit in memory
     nll = []
@@ -48,24 +51,17 @@ def score(gpt, tokenizer, prompts, texts, autocast):
             nll.append(loss[k, end - len(ids) : end].double().sum().item())
             has_end_of_text = ids[-1:] == [eot]
             features.append(h[k, end - has_end_of_text].float().cpu())
-    return np.array(nll), new, torch.stack(features).numpy()
+    return dict(
+        nll=np.array(nll),
+        tokens=[np.array([i for i in ids if i != eot], dtype=np.int64) for ids in new],
+        count=np.array([len(ids) for ids in new]),
+        features=torch.stack(features).numpy(),
+    )
 
 
-def rows_to_score(tokenizer, prompts, texts, block_size):
-    """The tokens of each (text, ended), and rows of an end-of-text, the prompt and these tokens.
-
-    Prompt and text are tokenised apart. The end-of-text counts as a token of a text that ended."""
-    encoding = load_encoding(tokenizer)
-    new = []
-    rows = []
-    for prompt, (text, ended) in zip(prompts, texts):
-        ids = encode(encoding, text)[: block_size - 1]
-        if ended and len(ids) < block_size - 1:
-            ids.append(tokenizer["eot"])
-        before = [tokenizer["eot"], *encode(encoding, prompt)]
-        new.append(ids)
-        rows.append(before[-(block_size - len(ids)) :] + ids)
-    return new, rows
+def words_of(text):
+    """The words of a text. In scripts without spaces each character is one."""
+    return regex.findall(WORD, text)
 
 
 class Words:
@@ -75,40 +71,35 @@ class Words:
         return words_of(unicodedata.normalize("NFC", text.lower()).replace("_", " "))
 
 
-def words_of(text):
-    """The words of a text. In scripts without spaces each character is one."""
-    return regex.findall(WORD, text)
-
-
 def rouge(texts, references):
-    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L of each text (n lists of three), times 100, without
-    stemming. Or a str that says why there is none."""
-    if not any(words_of(reference) for reference in references):
-        return "no reference has a word"
+    """F1 of ROUGE-1, ROUGE-2 and ROUGE-L (n,), times 100, without stemming: three arrays, or three
+    times a str that says why there is none."""
+    if not any(map(words_of, references)):
+        return 3 * ["no reference has a word"]
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=Words())
     scores = [scorer.score(*pair).values() for pair in zip(references, texts)]
-    return [[100 * score.fmeasure for score in row] for row in scores]
+    return np.array([[100 * score.fmeasure for score in row] for row in scores]).T
 
 
 def bert_score(texts, references):
     """F1 of BERTScore (n,), times 100, by roberta-large. An empty text has 0. Or a str that says
     why there is none."""
     letters = regex.findall(r"\p{L}", "".join(references))
-    if sum(letter.isascii() for letter in letters) <= len(letters) / 2:
+    if sum(map(str.isascii, letters)) <= len(letters) / 2:
         return "its model reads English"
-    rows = [i for i, pair in enumerate(zip(texts, references)) if all(x.strip() for x in pair)]
+    rows = [i for i, pair in enumerate(zip(texts, references)) if all(map(str.strip, pair))]
     if not rows:
         return "all texts are empty"
     import bert_score as package
 
+    some = [texts[i] for i in rows], [references[i] for i in rows]
+    scores = np.zeros(len(texts))
     try:
-        some = [texts[i] for i in rows], [references[i] for i in rows]
         _, _, f1 = package.score(*some, lang="en")
     except OSError:  # transformers finds no file
         return "roberta-large is not on this machine"
-    scores = np.zeros(len(texts))
     scores[rows] = 100 * f1.numpy()
     return scores
 
@@ -121,25 +112,22 @@ def mauve(real, features, clusters, rng):
     repeated texts would look nearer to each other than they are."""
     if clusters < 2:  # of any two sets it would say the same
         return "too few prompts; --n=16 or more"
-    try:
-        import mauve as package
-    except ImportError:
+    if not find_spec("mauve"):
         return "pip install mauve-text"
-
-    def half_of(x):
-        return x[rng.permutation(len(x))[: len(x) // 2]]
+    import mauve as package
 
     halves = []
     for _ in range(8):
-        halves.append(quiet_mauve(package, half_of(real), half_of(features), clusters))
+        half = [x[rng.permutation(len(x))[: len(x) // 2]] for x in (real, features)]
+        halves.append(quiet_mauve(package, *half, clusters))
     whole = quiet_mauve(package, real, features, clusters)
     return whole, 1.96 * float(np.std(halves, ddof=1))
 
 
 def quiet_mauve(package, p, q, clusters):
     stderr = os.dup(2)
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)  # faiss, which is in C, warns of fewer than 39 points per cluster
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 2)  # faiss, which is in C, warns of fewer than 39 points per cluster
     try:
         result = package.compute_mauve(
             p_features=p, q_features=q, num_buckets=clusters, seed=1, verbose=False
@@ -151,32 +139,25 @@ def quiet_mauve(package, p, q, clusters):
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
-        os.close(null)
 
 
-def entropy(tokens):
-    """Entropy, in nats, of the frequencies of tokens (an array). It is low where a system repeats
-    itself."""
-    _, counts = np.unique(tokens, return_counts=True)
-    p = counts / len(tokens)
-    return float(-(p * np.log(p)).sum())
+def entropy(rows, count, rng, repeats=20):
+    """Entropy, in nats, of the frequencies of `count` tokens of the rows (arrays): the mean over
+    draws, and half of a 95% interval. NaN where the rows have hardly more tokens than that. It is
+    low where a system repeats itself.
 
-
-def at_equal_count(statistic, rows, count, rng, repeats=20):
-    """The mean of a statistic of `count` items of the rows (arrays), and half of a 95% interval.
-    NaN where the rows have hardly more items than that.
-
-    Entropy grows with the count, so all systems have the same count. Items come from
-    texts in random orders, because resampling with replacement would lower the statistic. Such
-    draws overlap: their spread is corrected for the share of all items that they take."""
+    Entropy grows with the count, so all systems have the same count. Tokens come from texts in
+    random orders, because resampling with replacement would lower the entropy. Such draws overlap:
+    their spread is corrected for the share of all tokens that they take."""
     share = count / max(sum(len(row) for row in rows), 1)
     if share > 0.9:
         return math.nan, math.nan
     values = []
     for _ in range(repeats):
-        order = rng.permutation(len(rows))
-        items = np.concatenate([rows[i] for i in order])
-        values.append(statistic(items[:count]))
+        tokens = np.concatenate([rows[i] for i in rng.permutation(len(rows))])[:count]
+        _, counts = np.unique(tokens, return_counts=True)
+        p = counts / len(tokens)
+        values.append(float(-(p * np.log(p)).sum()))
     half = 1.96 * float(np.std(values, ddof=1))
     return float(np.mean(values)), half * (share / (1 - share)) ** 0.5
 
@@ -216,10 +197,9 @@ def copied(texts, prompts, training):
 def hash_4(ids):
     """Hashes of all 4-grams of ids. They are of 61 bits or more, so collisions do not count."""
     ids = np.asarray(ids, dtype=np.uint64)
-    n = max(len(ids) - 3, 0)
-    h = np.zeros(n, np.uint64)
+    h = np.zeros(max(len(ids) - 3, 0), np.uint64)
     for k in range(4):
-        h = (h ^ ids[k : n + k]) * np.uint64(0x9E3779B97F4A7C15)
+        h = (h ^ ids[k : k + len(h)]) * np.uint64(0x9E3779B97F4A7C15)
         h ^= h >> np.uint64(29)
     return h
 
@@ -254,31 +234,18 @@ def percent(answers):
     return 100 * float(np.mean(answers)) if answers else math.nan
 
 
-def interval(values, rng, weights=None, repeats=1000):
-    """The mean of values (n,), or their sum over that of weights (n,), and half the width of its
-    bootstrap 95% interval."""
-    if weights is None:
-        weights = np.ones(len(values))
-    draw = rng.integers(len(values), size=(repeats, len(values)))
-    means = values[draw].sum(1) / np.maximum(weights[draw].sum(1), 1)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return float(values.sum() / max(weights.sum(), 1)), float(high - low) / 2
+def per_token(nll, count, rng, repeats=1000):
+    """NLL per token (1 + repeats,) of n texts, then of as many drawn with replacement, again and
+    again. nll (n,): in nats. Equal generators draw equal texts, so differences are paired."""
+    n = len(nll)
+    draw = np.concatenate((np.arange(n)[None], rng.integers(n, size=(repeats, n))))
+    return np.array(nll)[draw].sum(1) / np.maximum(np.array(count)[draw].sum(1), 1)
 
 
-def difference(a, b, rng, repeats=1000):
-    """How much more NLL per token texts a have than texts b on the same prompts: the mean, and half
-    the width of the paired bootstrap's 95% interval. a and b: dicts of nll (n,), tokens (n,)."""
-    n = len(a["nll"])
-    every = np.arange(n)[None]
-    draw = np.concatenate((every, rng.integers(n, size=(repeats, n))))
-
-    def nll_per_token(texts):
-        tokens = np.array(texts["tokens"])[draw].sum(1)
-        return np.array(texts["nll"])[draw].sum(1) / np.maximum(tokens, 1)
-
-    mean, *drawn = nll_per_token(a) - nll_per_token(b)
-    low, high = np.percentile(drawn, (2.5, 97.5))
-    return float(mean), float(high - low) / 2
+def interval(values):
+    """The value of all texts, the first, and half the width of the 95% interval of the others."""
+    low, high = np.percentile(values[1:], (2.5, 97.5))
+    return float(values[0]), float(high - low) / 2
 
 
 # ---- Curves of NLL against entropy ---------------------------------------------------------------
@@ -289,11 +256,10 @@ def choose(points, real):
     """The index of the point that is nearest to the point of real text, in NLL and entropy
     together."""
 
-    def distance(point):
-        away = abs(point["nll"] - real["nll"]) + abs(point["entropy"] - real["entropy"])
-        return away if math.isfinite(away) else math.inf
-
-    return min(range(len(points)), key=lambda i: distance(points[i]))
+    away = []
+    for point in points:
+        away.append(abs(point["nll"] - real["nll"]) + abs(point["entropy"] - real["entropy"]))
+    return int(np.argmin(np.nan_to_num(away, nan=math.inf)))
 
 
 def running(knob):
@@ -313,11 +279,10 @@ def curves_of(points):
 
 
 def at_entropy(points, wanted, key):
-    """The NLL of this key where the best curve through points has the wanted entropy. None where
-    none has it."""
+    """The NLL of this key where the best curve has the wanted entropy, or a str if none has it."""
     values = []
     for curve in curves_of(points):
         entropies = [point["entropy"] for point in curve]
         if entropies[0] <= wanted <= entropies[-1]:
             values.append(np.interp(wanted, entropies, [point[key] for point in curve]))
-    return float(min(values)) if values else None
+    return float(min(values)) if values else "no curve has it"

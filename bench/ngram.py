@@ -1,8 +1,7 @@
 """A judge of another kind than the models: it counts words.
 
 A sibling of the models may flatter its siblings. This judge is an interpolated n-gram model of the
-training text. It knows nothing beyond the two words before, so it tells whether words follow each
-other as they do in the text, and not whether a sentence holds together.
+training text, which knows the two words before and nothing else.
 """
 
 import math
@@ -67,7 +66,7 @@ class WordModel:
                 break
         known = {word for sequence in sequences for word in sequence if word is not END}
         spelled = [(*word, END) for word in known]
-        self.letters = Counts(spelled, CHARACTER_ORDER, uniform)
+        self.letters = Counts(spelled, CHARACTER_ORDER, lambda character: 1 / 2**16)
         self.words = Counts(sequences, WORD_ORDER, self.spelling)
 
     def spelling(self, word):
@@ -75,9 +74,7 @@ class WordModel:
         if word is END:
             return 1e-3
         spelled = (*word, END)
-        p = 1.0
-        for i in range(len(spelled)):
-            p *= self.letters.probability(spelled, i)
+        p = math.prod(self.letters.probability(spelled, i) for i in range(len(spelled)))
         return max(p, 1e-300)
 
     def score(self, prompts, texts):
@@ -87,10 +84,10 @@ class WordModel:
         nats = np.zeros(len(texts))
         count = np.zeros(len(texts), int)
         for k, (prompt, (text, ended)) in enumerate(zip(prompts, texts)):
-            before, after = words_and_signs(prompt), words_and_signs(text)
+            apart = len(words_and_signs(prompt)), len(words_and_signs(text))
             sequence = words_and_signs(prompt + text)
             # Only the last word of the prompt can go on in the text.
-            first = len(before) - (len(sequence) < len(before) + len(after))
+            first = apart[0] - (len(sequence) < sum(apart))
             sequence += (END,) * ended
             for i in range(first, len(sequence)):
                 nats[k] -= math.log(self.words.probability(sequence, i))
@@ -101,7 +98,3 @@ class WordModel:
 def words_and_signs(text):
     """A tuple of the words and the other signs of a text."""
     return tuple(regex.findall(rf"{WORD}|[^\w\s]", text))
-
-
-def uniform(character):
-    return 1 / 2**16

@@ -21,17 +21,8 @@ from baselines.gpt import generate
 from engine.checkpoint import build, load_checkpoint, load_gpt_state, write_whole
 from engine.config import UserError, command_line
 from engine.terminal import pick_device, run_script
-from textldm import (
-    GPT,
-    TARGET,
-    DiTConfig,
-    Sampling,
-    TextDiT,
-    TextVAE,
-    TransformerConfig,
-    option,
-    texts_of,
-)
+from textldm import GPT, TARGET, DiTConfig, Sampling, TextDiT, TextVAE, TransformerConfig
+from textldm import option, texts_of
 from variants.writers import diffusion_writer, load_vae
 
 CANDIDATES = 5
@@ -108,21 +99,19 @@ def notes(runs, options):
     """What the page says below."""
     longest = max(len(run["gpt"]) for run in runs)
     most = runs[0]["steps"][-1]["evaluations"]
-    lines = [
-        f"TextLDM needs {most} evaluations of its network here, the GPT at most {longest}.",
+    lines = [f"TextLDM needs {most} evaluations of its network here, the GPT at most {longest}."]
+    if options.cfg != 1:
+        lines.append(
+            "With guidance a step has two evaluations, with the prompt (or the last guess) and "
+            "without. Probabilities are of the first; the text can hold a token that they rule out."
+        )
+    return [
+        *lines,
         "(end): the text ends here. A text without it has filled its row. A candidate that begins "
         "with … goes on with the word before it.",
         f"{options.steps} steps, guidance scale {options.cfg:g}, temperature "
         f"{options.temperature:g}, seed {options.seed}, not picked.",
     ]
-    if options.cfg != 1:
-        lines[1:1] = [
-            "With guidance a step has two evaluations: with the prompt and without it, or, where "
-            "there is no prompt, with the last guess and without it. Probabilities are of the "
-            "first. The text is decoded from a mix of both, so it can hold a token that they rule "
-            "out.",
-        ]
-    return lines
 
 
 @torch.no_grad()
@@ -140,10 +129,7 @@ def main():
         raise UserError(f"{gpt_path} and {path} have different tokenizers; name another --gpt")
     gpt = build(GPT, TransformerConfig, gpt_state)
     if gpt.config.block_size <= dit.config.block_size:  # it reads an end-of-text token first
-        raise UserError(
-            f"{gpt_path} has rows of {gpt.config.block_size} tokens, and the DiT's rows of "
-            f"{dit.config.block_size} need one more; name another --gpt"
-        )
+        raise UserError(f"{gpt_path} needs longer rows than the DiT; name another --gpt")
     writer = diffusion_writer("dit", vae, dit, state["tokenizer"])
     texts = [text.strip() for text in options.prompts.split(";")]
 
@@ -158,11 +144,9 @@ def main():
             steps = denoised(writer, vae, dit, whole, sampling)
             tokens = written_by_gpt(gpt, whole, sampling, writer.encoding)
         runs.append(dict(prompt=writer.encoding.decode(whole), steps=steps, gpt=tokens))
-    content = dict(runs=runs, about=notes(runs, options), begin=BEGIN)
-    content["corpus"] = options.about
-    data = json.dumps(content, ensure_ascii=False)
+    content = dict(runs=runs, about=notes(runs, options), begin=BEGIN, corpus=options.about)
+    data = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c")  # ends no script
     page = (ROOT / "bench/page.html").read_text(encoding="utf-8")
-    data = data.replace("<", "\\u003c")  # a text may not end the script
     target = options.page or f"{options.out}/page.html"
     write_whole(target, page.replace(PLACE, f"const DATA = {data};"))
     print(f"{target}: {len(runs)} prompts, {Path(target).stat().st_size / 1000:.0f} kB")

@@ -63,11 +63,9 @@ def cached_gpt(gpt, prompt, length, dtype):
         end = start + tokens.shape[1]
         x = gpt.wte(tokens) + gpt.wpe.weight[start:end]  # (1, n, E)
         for block, past in zip(gpt.h, cache):
-            qkv = block.attn.c_attn(block.ln_1(x)).unflatten(-1, (3, H, -1))
-            q, *new = qkv.permute(2, 0, 3, 1, 4)  # (1, H, n, D) each
+            q, *new = block.attn.heads(block.ln_1(x))  # (1, H, n, D) each
             past[..., start:end, :] = torch.stack(new)
-            y = F.scaled_dot_product_attention(q, *past[..., :end, :], is_causal=start == 0)
-            x = x + block.attn.c_proj(y.transpose(1, 2).flatten(2))
+            x = x + block.attn.attend(q, *past[..., :end, :], causal=start == 0)
             x = x + block.mlp(block.ln_2(x))
         return F.linear(gpt.ln_f(x[:, -1:]), gpt.wte.weight).argmax(-1)
 

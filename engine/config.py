@@ -13,7 +13,7 @@ from textldm import option
 
 # Options that are paths. A shell leaves the ~ of --out=~/x as it is.
 PATHS = ("data", "out", "vae", "teacher", "model", "gpt", "prompts", "output", "page")
-PATHS += ("benchmark", "evaluator", "evaluation", "pictures")  # of bench/
+PATHS += ("benchmark", "texts", "evaluator", "evaluation", "pictures")  # of bench/
 
 
 class UserError(Exception):
