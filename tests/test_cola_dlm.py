@@ -17,8 +17,8 @@ b = 3  # tokens in a block
 PLACE = torch.arange(N)
 
 
-def make_cola_dit(**options):
-    dit = make_dit(ColaDiT, ColaConfig, latent_block=b, **options)
+def make_cola_dit(n_layer=2):
+    dit = make_dit(ColaDiT, ColaConfig, latent_block=b, n_layer=n_layer)
     randomise(dit.transformer)  # what stands before a block matters
     return dit
 
@@ -191,12 +191,6 @@ def test_guidance_is_against_latents_that_are_zero(vae, dit):
     assert torch.allclose(guided, nothing + 3 * (given - nothing), atol=1e-4)
 
 
-def writes(vae, blocks):
-    """The VAE reads the tokens of these blocks (B, b), one after another, from any latents."""
-    rest = iter(blocks)
-    vae.to_tokens = lambda z, segment: F.pad(next(rest), (z.shape[1] - b, 0))
-
-
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 @pytest.mark.parametrize("n_blocks, n_layer", [(4, 2), (13, 1)])
 def test_a_document_goes_on_as_if_it_were_the_prompt(vae, monkeypatch, scale, n_blocks, n_layer):
@@ -250,14 +244,9 @@ PLAN = torch.tensor([[[1, 2, 3]], [[4, EOT, 5]], [[6, 7, 8]], [[9, 9, 9]]])
 def test_blocks_stop_at_the_end_of_text_or_go_on_as_long_as_is_asked(vae, dit, prompt, length, text):
     seen = []
     vae.to_tokens = lambda z, segment: F.pad(PLAN[len(seen)], (z.shape[1] - b, 0))
-
-    def callback(t, texts):
-        seen.append(list(texts[0]))
-
-    sampling = Sampling(steps=1)
-    assert continue_in_blocks(vae, dit, [prompt], length, sampling, callback) == [text]
-    assert seen[0] == [1, 2, 3]
-    assert seen[-1] == text
+    sampling, show = Sampling(steps=1), lambda t, texts: seen.append(list(texts[0]))
+    assert continue_in_blocks(vae, dit, [prompt], length, sampling, show) == [text]
+    assert (seen[0], seen[-1]) == ([1, 2, 3], text)
 
 
 # ---- The scripts ---------------------------------------------------------------------------------
