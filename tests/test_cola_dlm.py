@@ -10,8 +10,9 @@ from test_textldm import EOT, C, N, V, all_target, change_tokens, example_batch,
 from test_textldm import make_dit, make_vae, randomise, same_rows
 from tests.helpers import refuse, script, train, training_options
 from textldm import TAIL_WEIGHT, TARGET, Sampling, guided_estimate
-from variants.cola_dlm import BlockCorpus, CausalVAE, ColaConfig, ColaDiT, Layout, Noise, Texts
-from variants.cola_dlm import block_denoising_loss, block_flow_loss, continue_in_blocks, first_block
+from variants.cola_dlm import BlockCorpus, BlockEvaluation, CausalVAE, ColaConfig, ColaDiT
+from variants.cola_dlm import Layout, Noise, Texts, block_denoising_loss, block_flow_loss
+from variants.cola_dlm import continue_in_blocks, first_block
 
 b = 3  # tokens in a block
 PLACE = torch.arange(N)
@@ -147,6 +148,24 @@ def test_rows_from_the_middle_do_not_teach_how_texts_begin(dit, monkeypatch):
     assert torch.allclose(gradient.view(4, N), weight / weight.sum())
 
 
+def test_the_evaluation_compares_with_contexts_of_rows_that_are_long_enough(vae, dit, monkeypatch):
+    """Rows have 12, 11, 10 and 12 tokens. That of the second is from the middle of a text."""
+    batch = batch_of_texts()
+    batch.weight[1, 0] = 0
+    monkeypatch.setattr(cola, "block_denoising_loss", lambda *given, n_guess: given[3])
+    monkeypatch.setattr(cola, "summary", lambda table, *_: table)
+
+    def table_by_time(vae, dit, batch, counted, denoise):
+        return counted, [denoise(torch.tensor(0.5), is_shuffled) for is_shuffled in (False, True)]
+
+    monkeypatch.setattr(cola, "table_by_time", table_by_time)
+    counted, contexts = BlockEvaluation(vae, batch, b, None)(dit)
+    z = vae.latents(batch.tokens, batch.segment)
+    assert torch.equal(contexts[0], z)
+    assert torch.equal(contexts[1], z[[3, 2, 3, 0]])
+    assert counted.sum(1).tolist() == [12, 8, 10, 12], "it begins no text"
+
+
 def test_a_corpus_of_blocks_marks_rows_from_the_middle_and_no_others(home):
     corpus = BlockCorpus(home / "data", "train", 8)
     rows = corpus.batch(np.random.default_rng(0), 200, 12)
@@ -203,6 +222,7 @@ def test_a_document_goes_on_as_if_it_were_the_prompt(vae, monkeypatch, scale, n_
     found = []
 
     def denoise(place, noise, segment, sampling):
+        assert len(noise.unique(dim=0)) == 3, "each row has its own"
         found.append(guided_estimate(place, z, torch.tensor(0.4), guess, segment, sampling))
         return z
 

@@ -74,7 +74,7 @@ SYSTEMS = dict(
     gpt=System(
         make_gpt,
         lambda net, batch, luck: gpt_loss(net, batch),
-        lambda net, prompts, seed: generate(net, prompts, 0, seed=seed),
+        lambda net, prompts, seed: generate(net, prompts, 0, temperature=2.0, seed=seed),
     ),
 )
 
@@ -185,5 +185,4 @@ def test_texts_stop_at_the_end_of_text_or_of_a_row(system):
     for text, whole in zip(texts, is_whole):
         assert EOT not in text[:-1]
         assert whole or text[-1] == EOT
-    assert any(is_whole)
-    assert any(text[-1] == EOT for text in texts)
+    assert set(is_whole) == {True, False}
