@@ -2,22 +2,22 @@
 
 import math
 from dataclasses import fields
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import baselines.gpt
-import train_dit
 from baselines.gpt import generate, gpt_loss, next_logits
 from baselines.masked import MaskedLM, evaluate, masked_loss, unmask
 from engine.checkpoint import build, load_checkpoint, load_gpt_state
-from engine.config import DIT_PRESETS, VAE_PRESETS, TrainConfig
+from engine.config import DIT_PRESETS, VAE_PRESETS
 from engine.corpus import GPT2, Corpus
 from test_textldm import EOT, SMALL, N, V
 from test_textldm import example_batch, generator, make_gpt, randomise, same_rows
 from tests.helpers import make_quick, train
-from textldm import CONTEXT, GPT, OURS, TARGET, DiTConfig, Sampling, TextDiT, TextVAE
+from textldm import CONTEXT, GPT, TARGET, DiTConfig, Sampling, TextDiT, TextVAE
 from textldm import TransformerConfig, VAEConfig
 
 # ---- The GPT: how it writes, and what it learns --------------------------------------------------
@@ -71,6 +71,18 @@ def test_the_gpt_learns_counted_tokens_from_those_before_them():
     expected = nll[batch.counted].mean().item()
     assert not batch.counted.all()
     assert gpt_loss(gpt, batch).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_evaluation_of_the_gpt_is_a_mean_and_continues_four_contexts(monkeypatch):
+    gpt = make_gpt()
+    batches = [example_batch(8, seed=seed) for seed in (0, 1)]
+    losses = [gpt_loss(gpt, batch).item() for batch in batches]
+    shown = []
+    monkeypatch.setattr(baselines.gpt, "lines_of_samples", lambda *given: shown.append(given) or [])
+    numbers, _ = baselines.gpt.evaluate(gpt, batches, Mock())
+    ((_, _, prompts, _),) = shown
+    assert numbers["loss"] == pytest.approx(sum(losses) / 2)
+    assert prompts == [batches[0].tokens[i, : i + 2].tolist() for i in range(4)]
 
 
 def test_the_teacher_was_trained_at_every_position_that_it_reads_for_the_vae(
@@ -184,7 +196,7 @@ def test_masked_diffusion_reveals_an_equal_share_in_each_step_as_the_model_says(
     assert text == [p.argmax().item()] * 5
 
 
-# ---- Presets and the recipe ----------------------------------------------------------------------
+# ---- Presets -------------------------------------------------------------------------------------
 
 
 def millions_in(model_type, config_type, preset, *parts, **options):
@@ -207,12 +219,3 @@ def test_presets_have_the_sizes_of_the_paper_and_of_gpt2(size, of_dit, of_gpt):
     assert dit == pytest.approx(of_dit, rel=0.02)
     assert vae == pytest.approx(127, rel=0.02)
     assert gpt == pytest.approx(of_gpt, rel=0.01)
-
-
-def test_each_key_of_our_recipe_is_an_option_that_the_paper_has_otherwise():
-    options = {}
-    for config_type in (VAEConfig, DiTConfig, TrainConfig, train_dit.DiTStage):
-        options |= {f.name: f.default for f in fields(config_type) if f.metadata}
-    for name, value in OURS.items():
-        assert type(options[name]) is type(value), name
-        assert options[name] != value, name

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import variants.cola_dlm as cola
 from test_textldm import EOT, C, N, V, all_target, change_tokens, example_batch, generator
 from test_textldm import make_dit, make_vae, randomise, same_rows
-from tests.helpers import refuse, script, train, training_options
+from tests.helpers import make_quick, refuse, script, train, training_options
 from textldm import TAIL_WEIGHT, TARGET, Sampling, guided_estimate
 from variants.cola_dlm import BlockCorpus, BlockEvaluation, CausalVAE, ColaConfig, ColaDiT
 from variants.cola_dlm import Layout, Noise, Texts, block_denoising_loss, block_flow_loss
@@ -261,7 +261,7 @@ PLAN = torch.tensor([[[1, 2, 3]], [[4, EOT, 5]], [[6, 7, 8]], [[9, 9, 9]]])
         ([1], 7, [1, 2, 3, 4, EOT, 6, 7]),  # one document after another
     ],
 )
-def test_blocks_stop_at_the_end_of_text_or_go_on_as_long_as_is_asked(vae, dit, prompt, length, text):
+def test_blocks_stop_at_the_end_of_text_or_go_on_as_asked(vae, dit, prompt, length, text):
     seen = []
     vae.to_tokens = lambda z, segment: F.pad(PLAN[len(seen)], (z.shape[1] - b, 0))
     sampling, show = Sampling(steps=1), lambda t, texts: seen.append(list(texts[0]))
@@ -277,8 +277,10 @@ def blocks(home, tmp_path_factory):
     """A causal VAE and a DiT of blocks, made by the script itself."""
     folder = tmp_path_factory.mktemp("blocks")
     teacher = f"--teacher={home / 'out/gpt.pt'}"
-    train(home, "variants/cola_dlm.py vae", f"--out={folder}", teacher)
-    train(home, "variants/cola_dlm.py dit", f"--out={folder}", "--latent_block=4")
+    with pytest.MonkeyPatch.context() as m:
+        make_quick(m)
+        train(home, "variants/cola_dlm.py vae", f"--out={folder}", teacher)
+        train(home, "variants/cola_dlm.py dit", f"--out={folder}", "--latent_block=4")
     return folder
 
 
