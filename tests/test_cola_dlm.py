@@ -1,32 +1,27 @@
 """Properties of variants/cola_dlm.py: text in blocks, each given all before it."""
 
-import contextlib
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-import variants.cola_dlm
-
-from test_textldm import EOT, C, N, V, all_target, example_batch, generator
-from test_textldm import make_dit, make_vae, same_rows
-from tests.helpers import refuse, script, train, training_options, write_jsonl
-from textldm import CONTEXT, TARGET, Batch, Sampling, same_segment
-from variants.cola_dlm import (
-    BlockCorpus,
-    CausalVAE,
-    ColaConfig,
-    ColaDiT,
-    Layout,
-    Noise,
-    block_denoising_loss,
-    block_flow_loss,
-    continue_in_blocks,
-    who_sees_whom,
-)
+import variants.cola_dlm as cola
+from test_textldm import EOT, C, N, V, all_target, change_tokens, example_batch, generator
+from test_textldm import make_dit, make_vae, randomise, same_rows
+from tests.helpers import make_quick, refuse, script, train, training_options
+from textldm import TAIL_WEIGHT, TARGET, Sampling, guided_estimate
+from variants.cola_dlm import BlockCorpus, BlockEvaluation, CausalVAE, ColaConfig, ColaDiT
+from variants.cola_dlm import Layout, Noise, Texts, block_denoising_loss, block_flow_loss
+from variants.cola_dlm import continue_in_blocks, first_block
 
 b = 3  # tokens in a block
+PLACE = torch.arange(N)
+
+
+def make_cola_dit(n_layer=2):
+    dit = make_dit(ColaDiT, ColaConfig, latent_block=b, n_layer=n_layer)
+    randomise(dit.transformer)  # what stands before a block matters
+    return dit
 
 
 @pytest.fixture
@@ -36,25 +31,7 @@ def vae():
 
 @pytest.fixture
 def dit():
-    return make_dit(ColaDiT, ColaConfig, latent_block=b)
-
-
-@pytest.fixture(scope="module")
-def blocks(home, tmp_path_factory):
-    """A causal VAE and a DiT of blocks, made by the script itself."""
-    folder = tmp_path_factory.mktemp("blocks")
-    train_vae(home, folder)
-    train_dit(home, folder)
-    return folder
-
-
-def train_vae(home, folder, *more):
-    teacher = f"--teacher={home / 'out/gpt.pt'}"
-    train(home, "variants/cola_dlm.py vae", f"--out={folder}", teacher, *more)
-
-
-def train_dit(home, folder, *more):
-    train(home, "variants/cola_dlm.py dit", f"--out={folder}", "--latent_block=4", *more)
+    return make_cola_dit()
 
 
 def batch_of_texts():
@@ -62,392 +39,279 @@ def batch_of_texts():
     return same_rows(example_batch(), segment=all_target(4))
 
 
-# ---- Who sees whom -------------------------------------------------------------------------------
-
-
-def test_a_block_sees_the_clean_ones_before_it_and_itself(dit):
-    """By gradients, over every pair of blocks."""
-    batch = batch_of_texts()
-    block = (torch.arange(N) + 2) // b
-    M = int(block[-1]) + 1
-    z_0 = torch.randn(4, N, C)
-    context = torch.randn(4, N, C, requires_grad=True)
-    eps = torch.randn(4, N, C, requires_grad=True)
-    noise = Noise(block, torch.rand(4, M), eps)
-    _, output, _, _ = block_denoising_loss(dit, batch, z_0, context, noise)
-    output = output.view(4, N, -1)
-    for i in range(M):
-        of_block = output[:, block == i].sum()
-        of_context, of_noise = torch.autograd.grad(of_block, (context, eps), retain_graph=True)
-        for j in range(M):
-            is_j = block == j
-            assert (of_context[:, is_j] != 0).any() == (j < i), (i, j)
-            assert (of_noise[:, is_j] != 0).any() == (j == i), (i, j)
-
-
-def test_the_guess_of_a_first_pass_tells_a_block_of_nothing_else(dit):
-    """By change, over every pair of blocks, where a first pass is told to the second."""
-    batch = batch_of_texts()
-    block = (torch.arange(N) + 2) // b
-    M = int(block[-1]) + 1
-    z_0, context, eps = torch.randn(3, 4, N, C)
-    t = torch.rand(4, M)
-
-    def run(context, eps):
-        noise = Noise(block, t, eps)
-        _, output, _, _ = block_denoising_loss(dit, batch, z_0, context, noise, n_guess=4)
-        return output.detach().view(4, N, -1)
-
-    told = run(context, eps)
-    for j in range(M):
-        change = torch.where((block == j)[:, None], torch.randn(4, N, C), 0.0)
-        by_context = (run(context + change, eps) - told).abs().amax(dim=(0, 2)) > 1e-5
-        by_noise = (run(context, eps + change) - told).abs().amax(dim=(0, 2)) > 1e-5
-        assert torch.equal(by_context, block > j)
-        assert torch.equal(by_noise, block == j)
+# ---- The networks --------------------------------------------------------------------------------
 
 
 def test_the_vae_of_blocks_looks_back_only_and_all_the_way(vae):
-    tokens = torch.randint(1, V - 1, (1, N))
-    segment = all_target(1)
-    embedded = vae.wte(tokens).detach().requires_grad_()
-    z = torch.randn(1, N, C, requires_grad=True)
-
-    def embed(tokens):
-        return embedded
-
-    vae.wte.forward = embed
-    mu, _, _ = vae.posterior(tokens, segment)
-    logits = vae.decode(z, segment)
-    for x, y in ((embedded, mu), (z, logits)):
-        seen = []
-        for i in range(N):
-            (gradient,) = torch.autograd.grad(y[0, i].sum(), x, retain_graph=True)
-            seen.append(gradient[0].abs().sum(-1) > 0)
-        assert torch.equal(torch.stack(seen), torch.ones(N, N).tril().bool())
-
-
-# ---- The loss ------------------------------------------------------------------------------------
-
-
-def passes_of(dit, batch, z_0, noise, n_guess=0):
-    """What a denoising loss gives to the network, as tuples of arguments and a dict of options."""
-    real = dit.forward
-    seen = []
-
-    def forward(x, segment, t, guess, layout, places=None):
-        told = None if guess is None else guess.clone()
-        seen.append(((x, segment, t, told, layout), dict(places=places)))
-        return real(x, segment, t, guess, layout, places)
-
-    dit.forward = forward
-    block_denoising_loss(dit, batch, z_0, z_0, noise, n_guess)
-    dit.forward = real
-    return seen
-
-
-def test_each_block_has_its_time_and_all_is_clean_before_it(dit):
-    z_0, eps = torch.randn(2, 4, N, C)
-    block = (torch.arange(N) + 1) // b
-    t = torch.rand(4, 5)
-    ((given, options),) = passes_of(dit, batch_of_texts(), z_0, Noise(block, t, eps))
-    x, segment, times, guess, layout = given
-    t_of = times[:, layout.time_index]
-    assert not t_of[:, :N].any()
-    assert torch.equal(x[:, :N], z_0)
-    assert torch.equal(t_of[:, N:], t[:, block])
-    assert torch.allclose(x[:, N:], z_0 + t_of[:, N:, None] * (eps - z_0), atol=1e-6)
-    turn = dit.turn(torch.arange(N).repeat(2))
-    assert all(map(torch.equal, layout.turn, turn))
-    noisy = torch.arange(4 * 2 * N).view(4, 2 * N)[:, N:]
-    assert torch.equal(options["places"].view(4, N), noisy)
-
-
-def test_another_time_of_a_block_changes_that_block_alone(dit):
-    z_0, eps = torch.randn(2, 4, N, C)
-    block = (torch.arange(N) + 1) // b
-    ((given, options),) = passes_of(dit, batch_of_texts(), z_0, Noise(block, torch.rand(4, 5), eps))
-    x, segment, t, guess, layout = given
-    other = t.clone()
-    other[:, 2] += 0.3  # the first one is of the clean tokens
-    change = dit(x, segment, other, guess, layout, **options) - dit(*given, **options)
-    is_changed = change.view(4, N, -1).abs().amax(dim=(0, 2)) > 1e-6
-    assert torch.equal(is_changed, block == 1)
-
-
-def test_self_conditioning_tells_some_rows_what_a_first_pass_estimated(dit):
-    z_0, eps = torch.randn(2, 4, N, C)
-    noise = Noise(torch.arange(N) // b, torch.rand(4, 4), eps)
-    seen = passes_of(dit, batch_of_texts(), z_0, noise, n_guess=2)
-    (_, _, _, first, _), _ = seen[0]
-    (x, segment, t, guess, layout), _ = seen[1]
-    untold = dit(x, segment, t, torch.zeros_like(x), layout)
-    estimate = dit.estimate(untold, x, None)
-    assert first is None
-    assert torch.allclose(guess[:2, N:], estimate[:2, N:], atol=1e-5)
-    assert not guess[2:].any()
-    assert not guess.requires_grad
-    told = dit(x, segment, t, guess, layout)
-    assert not torch.allclose(told[:2, N:], untold[:2, N:], atol=1e-3)
-
-
-def test_blocks_of_training_begin_anywhere(dit, monkeypatch):
-    """In sampling they are counted from the end of a prompt, so the first one may be short."""
-    first = []
-
-    def remember(dit, batch, z_0, context, noise, n_guess):
-        first.append(int((noise.block == 0).sum()))
-        return torch.zeros(4 * N), None, None, None
-
-    monkeypatch.setattr(variants.cola_dlm, "block_denoising_loss", remember)
-    for seed in range(40):
-        block_flow_loss(dit, batch_of_texts(), torch.randn(4, N, C), generator(seed))
-    assert set(first) == set(range(1, b + 1))
-
-
-def test_the_times_of_a_row_are_drawn_apart(dit):
-    """And each of them is of the distribution that the sampler follows."""
-    drawn = []
-    real = dit.forward
-
-    def forward(x, segment, t, guess, layout, places=None):
-        drawn.append(t[:, 1:])
-        return real(x, segment, t, guess, layout, places)
-
-    dit.forward = forward
-    with torch.no_grad():
-        for seed in range(200):
-            z_0 = torch.randn(4, N, C)
-            block_flow_loss(dit, batch_of_texts(), z_0, generator(seed))
-    t = torch.cat(drawn[1::2])  # the first pass of each loss is that for the guess
-    u = torch.linspace(0, 1, 101)[5:96]
-    assert torch.allclose(t.flatten().quantile(u), dit.times(u), atol=0.03)
-    assert t.T.corrcoef().fill_diagonal_(0).abs().max() < 0.2
-
-
-def test_a_dropped_context_is_zero_and_the_noisy_blocks_are_as_ever(dit):
-    batch = batch_of_texts()
-    z_0 = torch.randn(4, N, C)
-    real = dit.forward
-    given = []
-
-    def forward(x, *more, **options):
-        given.append(x)
-        return real(x, *more, **options)
-
-    dit.forward = forward
-    noisy = []
-    for drop in (0.0, 1.0):
-        dit.config.context_drop = drop
-        block_flow_loss(dit, batch, z_0, generator(0))
-        assert torch.equal(given[-1][:, :N], z_0 * (1 - drop))
-        noisy.append(given[-1][:, N:])
-    assert torch.equal(*noisy)
-
-
-def test_a_corpus_of_blocks_marks_rows_from_the_middle_and_no_others(tmp_path):
-    texts = []
-    for i in range(40):
-        texts.append(" ".join(f"{i}{j}" for j in range(30)))
-    write_jsonl(tmp_path / "docs.jsonl", texts)
-    options = ["--encoding=bpe", "--vocab_size=300", "--layout=documents", "--val_fraction=0.2"]
-    script("data/prepare.py", tmp_path / "docs.jsonl", "--out", tmp_path / "data", *options)
-    corpus = BlockCorpus(tmp_path / "data", "train", 16)
-    corpus.latent_block = 3
-    rows = corpus.batch(np.random.default_rng(0), 200, 16)
-    begins = {tuple(corpus.tokens[i : i + 16]) for i in [0, *corpus.ends[:-1]]}
-    is_begin = [tuple(row) in begins for row in rows.tokens.tolist()]
-    assert is_begin == (rows.weight[:, 0] == 1).tolist()
-    assert 0 < sum(is_begin) < 200
-    assert (rows.weight[:, 3:] == 1).all()
-    assert (rows.weight[:, :3] == rows.weight[:, :1]).all()
-    assert (rows.segment == TARGET).all()
-
-
-def test_no_step_waits_for_a_gpu(vae, dit, monkeypatch):
-    """On the meta device, whose tensors have no values."""
-
-    def no_autocast(*_, **__):  # autocast does not know the device
-        return contextlib.nullcontext()
-
-    monkeypatch.setattr(torch, "autocast", no_autocast)
-    vae, dit = vae.to("meta"), dit.to("meta")
-    batch = Batch(*[x.to("meta") for x in batch_of_texts()])
-    z_0 = vae.latents(batch.tokens, batch.segment)
-    block_flow_loss(dit, batch, z_0, torch.Generator()).backward()
-
-
-def test_every_parameter_learns_in_bf16(dit):
-    with torch.autocast("cpu", torch.bfloat16):
-        z_0 = torch.randn(4, N, C)
-        block_flow_loss(dit, batch_of_texts(), z_0, generator(0)).backward()
-    for name, p in dit.named_parameters():
-        assert p.grad is not None, name
-        assert p.grad.any(), name
+    tokens, segment = torch.randint(1, V - 1, (1, N)), all_target(1)
+    z = torch.randn(1, N, C)
+    for i in range(N):
+        is_here = PLACE == i
+        other_tokens = change_tokens(tokens, is_here)
+        other_z = torch.where(is_here[:, None], 0.0, z)
+        by_token = vae.latents(other_tokens, segment) - vae.latents(tokens, segment)
+        by_latent = vae.decode(other_z, segment) - vae.decode(z, segment)
+        for change in (by_token, by_latent):
+            assert torch.equal(change[0].abs().amax(-1) > 1e-5, PLACE >= i)
 
 
 def test_one_block_of_one_time_is_the_dit_of_textldm(dit):
-    """With everything in one block, the pass over the noisy half is TextDiT's."""
     plain = make_dit()
-    state = plain.state_dict()
-    dit.load_state_dict(state)
+    dit.load_state_dict(plain.state_dict())
     x, guess = torch.randn(2, 4, N, C)
     t = torch.rand(4)
-    place = torch.arange(N)
-    layout = Layout(dit.turn(place), torch.ones(N, N).bool(), torch.zeros(N, dtype=torch.long))
+    layout = Layout(dit.turn(PLACE), torch.ones(N, N).bool(), torch.zeros(N, dtype=torch.long))
     expected = plain(x, all_target(4), t, guess)
     output = dit(x, all_target(4), t[:, None], guess, layout)
     assert torch.allclose(output, expected, rtol=1e-4, atol=1e-4)
 
 
+# ---- The loss ------------------------------------------------------------------------------------
+
+
+def test_each_block_is_denoised_as_alone_behind_all_that_is_before_it(dit):
+    """At its own time, and in half of the rows with the estimate of a first pass."""
+    batch = batch_of_texts()
+    z_0, context, eps = torch.randn(3, 4, N, C)
+    block = (PLACE + 1) // b
+    t = torch.rand(4, 5)
+    is_learned = []
+    dit.from_guess.register_forward_pre_hook(lambda _, x: is_learned.append(x[0].requires_grad))
+    noise = Noise(block, t, eps)
+    loss, output, z_t, t_of = block_denoising_loss(dit, batch, z_0, context, noise, n_guess=2)
+    assert is_learned == [False]
+    assert torch.equal(t_of.view(4, N), t[:, block])
+    expected = z_0 + t_of.view(4, N, 1) * (eps - z_0)
+    assert torch.allclose(z_t.view(4, N, C), expected, atol=1e-6)
+    nll = F.cross_entropy(output, batch.tokens.flatten(), reduction="none")
+    assert torch.allclose(loss, nll)
+
+    for i in range(5):
+        before, now = PLACE[block < i], PLACE[block == i]
+        place = torch.cat((before, now))
+        is_now = (block[place] == i).long()  # CONTEXT, then TARGET
+        seen = block[place, None] >= block[place]  # all before it is read in blocks, too
+        layout = Layout(dit.turn(place), seen, is_now)
+        x = torch.cat((context[:, before], expected[:, now]), dim=1)
+        times = F.pad(t[:, i : i + 1], (1, 0))  # what is before it is clean
+
+        def alone(guess):
+            return dit(x, is_now.expand(4, -1), times, guess, layout)
+
+        untold = torch.zeros_like(x)
+        told = dit.estimate(alone(untold), x, None)
+        guess = torch.cat((told[:2], untold[2:]))
+        found = output.view(4, N, -1)[:, now]
+        assert torch.allclose(found, alone(guess)[:, len(before) :], atol=1e-4)
+
+
+def test_in_training_blocks_begin_anywhere_and_have_times_of_their_own(dit, monkeypatch):
+    """A prompt may end anywhere. Times are of the distribution that the sampler follows."""
+    drawn = []
+
+    def remember(dit, batch, z_0, context, noise, n_guess):
+        drawn.append(noise)
+        assert n_guess == 2, "half of the rows"
+        return torch.zeros(4 * N), None, None, None
+
+    monkeypatch.setattr(cola, "block_denoising_loss", remember)
+    for seed in range(300):
+        block_flow_loss(dit, batch_of_texts(), torch.randn(4, N, C), generator(seed))
+    assert {int((noise.block == 0).sum()) for noise in drawn} == {1, 2, 3}
+    assert all((noise.block.diff() >= 0).all() for noise in drawn)
+    t = torch.cat([noise.t for noise in drawn])
+    u = torch.linspace(0, 1, 101)[5:96]
+    assert torch.allclose(t.flatten().quantile(u), dit.times(u), atol=0.03)
+    assert t.T.corrcoef().fill_diagonal_(0).abs().max() < 0.15
+    eps = torch.stack([noise.eps for noise in drawn])
+    assert eps.std() == pytest.approx(1, abs=0.02)
+
+
+def test_rows_from_the_middle_do_not_teach_how_texts_begin(dit, monkeypatch):
+    """By the gradient of the loss with respect to the loss of each token."""
+    weight = torch.ones(4, N)
+    weight[:2, 0], weight[:, -1] = 0, TAIL_WEIGHT
+    each = torch.ones(4 * N, requires_grad=True)
+    blocks = []
+
+    def remember(dit, batch, z_0, context, noise, n_guess):
+        blocks.append(noise.block)
+        return each, None, None, None
+
+    monkeypatch.setattr(cola, "block_denoising_loss", remember)
+    batch = same_rows(batch_of_texts(), weight=weight)
+    loss = block_flow_loss(dit, batch, torch.randn(4, N, C), generator(1))
+    (gradient,) = torch.autograd.grad(loss, each)
+    n = int((blocks[0] == 0).sum())
+    weight[:2, :n] = 0
+    assert n > 1
+    assert torch.allclose(gradient.view(4, N), weight / weight.sum())
+
+
+def test_the_evaluation_compares_with_contexts_of_rows_that_are_long_enough(vae, dit, monkeypatch):
+    """Rows have 12, 11, 10 and 12 tokens. That of the second is from the middle of a text."""
+    batch = batch_of_texts()
+    batch.weight[1, 0] = 0
+    monkeypatch.setattr(cola, "block_denoising_loss", lambda *given, n_guess: given[3])
+    monkeypatch.setattr(cola, "summary", lambda table, *_: table)
+
+    def table_by_time(vae, dit, batch, counted, denoise):
+        return counted, [denoise(torch.tensor(0.5), is_shuffled) for is_shuffled in (False, True)]
+
+    monkeypatch.setattr(cola, "table_by_time", table_by_time)
+    counted, contexts = BlockEvaluation(vae, batch, b, None)(dit)
+    z = vae.latents(batch.tokens, batch.segment)
+    assert torch.equal(contexts[0], z)
+    assert torch.equal(contexts[1], z[[3, 2, 3, 0]])
+    assert counted.sum(1).tolist() == [12, 8, 10, 12], "it begins no text"
+
+
+def test_a_corpus_of_blocks_marks_rows_from_the_middle_and_no_others(home):
+    corpus = BlockCorpus(home / "data", "train", 8)
+    rows = corpus.batch(np.random.default_rng(0), 200, 12)
+    begins = {tuple(corpus.tokens[i : i + 4]) for i in [0, *corpus.ends[:-1]]}
+    is_begin = torch.tensor([tuple(row[:4]) in begins for row in rows.tokens.tolist()])
+    is_end = (rows.tokens == corpus.eot).long()
+    expected = torch.where(is_end.cumsum(1) > is_end, TAIL_WEIGHT, 1.0)
+    expected[~is_begin, 0] = 0
+    assert 0 < is_begin.sum() < 200
+    assert torch.equal(rows.weight, expected)
+    assert (rows.segment == TARGET).all()
+
+
 # ---- The sampler ---------------------------------------------------------------------------------
 
 
-class Rereading(ColaDiT):
-    """Checks the output for each noisy block against one pass, with the mask of training, over all
-    that was ever read and the block."""
+def test_a_prompt_is_read_as_in_training(vae, dit):
+    tokens = torch.randint(1, V - 1, (1, 7 + b))
+    t = torch.tensor([[0.4]])
+    place, z, segment = first_block(vae, dit, [tokens[0, :7].tolist()], Sampling(cfg_scale=1.0))
+    found = place(z, segment, t[0], torch.zeros_like(z), None)
+    clean = vae.latents(tokens, all_target(1, 10))
+    eps = torch.zeros_like(clean)
+    eps[:, 7:] = (z - 0.6 * clean[:, 7:]) / 0.4
+    block = torch.tensor([0, 1, 1, 1, 2, 2, 2, 3, 3, 3])
+    batch = same_rows(example_batch(1, 10), tokens=tokens, segment=all_target(1, 10))
+    noise = Noise(block, t.expand(1, 4), eps)
+    _, output, _, _ = block_denoising_loss(dit, batch, clean, clean, noise)
+    assert torch.allclose(found[0], output[7:], atol=1e-4)
 
-    def begin(self, prompts):
-        self.P = max(len(prompt) for prompt in prompts)
-        self.past = []  # latents, as they are read
-        self.kept = []  # numbers of tokens in the history
-        self.checked = 0
-        self.document = torch.full((len(prompts), self.P), -1)  # of each token
-        for row, prompt in zip(self.document, prompts):
-            row[self.P - len(prompt) :] = 0
-        self.now = torch.zeros(len(prompts), 1, dtype=torch.long)  # the document of the next block
 
-    def forward(self, x, segment, t, guess, layout, places=None):
-        output = super().forward(x, segment, t, guess, layout, places)
-        if segment[0, 0] == CONTEXT:
-            self.past.append(x)
-            self.kept.append(layout.history.layers[0][0].shape[2])
-            return output
-        assert torch.allclose(output, self.in_one_pass(x, t, guess), atol=1e-4)
-        self.checked += 1
-        return output
+def test_guidance_is_against_latents_that_are_zero(vae, dit):
+    def estimate(scale):
+        sampling = Sampling(cfg_scale=scale, seed=[1, 2])
+        place, z, segment = first_block(vae, dit, [[1, 2, 3], [4]], sampling)
+        return guided_estimate(place, z, torch.tensor(0.4), 0 * z, segment, sampling)
 
-    def in_one_pass(self, x, t, guess):
-        past = torch.cat(self.past, dim=1)  # (B, L, C)
-        B, L, _ = past.shape
-        place = torch.arange(L + b)
-        kind = (place >= L).long()  # CONTEXT, then TARGET
-        block = (place - self.P) // b  # those of prompts are negative
-        block_end = (self.P + (block + 1) * b).clamp(min=self.P)
-        is_near = place >= block_end[:, None] - N
-        document = torch.cat((self.document, self.now.expand(-1, b)), dim=1)
-        document = document.repeat(B // len(document), 1)  # guidance has twice the rows
-        mask = who_sees_whom(kind, block) & same_segment(document) & is_near
-        layout = Layout(turn=self.turn(place), mask=mask, time_index=kind)
-        times = F.pad(t, (1, 0))  # the past is clean
-        whole = torch.cat((past, x), dim=1)
-        guess = F.pad(guess, (0, 0, L, 0))
-        output = super().forward(whole, kind.expand(B, -1), times, guess, layout)
-        return output[:, L:]
-
-    def take(self, tokens):
-        """Takes note of a written block (B, b)."""
-        self.document = torch.cat((self.document, self.now.expand(-1, b)), dim=1)
-        self.now = self.now + (tokens == EOT).any(dim=1, keepdim=True)
+    given, guided = estimate(1.0), estimate(3.0)
+    vae.latents = lambda tokens, segment: torch.zeros(*tokens.shape, C)
+    nothing = estimate(1.0)
+    assert not torch.allclose(given, nothing, atol=0.01)
+    assert torch.allclose(guided, nothing + 3 * (given - nothing), atol=1e-4)
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_what_is_kept_of_the_history_is_what_reading_it_again_would_give(vae, scale):
-    """Over several documents and rows."""
-    dit = make_dit(Rereading, ColaConfig, latent_block=b)
-    prompts = [[1, 2, 3, 4, 5, 6, 7], [8, 9], []]
-    dit.begin(prompts)
-    read = vae.to_tokens
-    luck = generator(5)
+@pytest.mark.parametrize("n_blocks, n_layer", [(4, 2), (13, 1)])
+def test_a_document_goes_on_as_if_it_were_the_prompt(vae, monkeypatch, scale, n_blocks, n_layer):
+    """What is kept is what reading the document again gives. Beyond the window this is exact if
+    neither network has keys that know of older ones."""
+    dit = make_cola_dit(n_layer=n_layer)
+    if n_layer == 1:
+        vae.latents = lambda tokens, segment: vae.wte(tokens)[..., :C]
+    z, guess = torch.randn(2, 3, b, C)
+    found = []
 
-    def to_tokens(z, segment):
-        is_end = torch.rand(segment.shape, generator=luck) < 0.05
-        tokens = read(z, segment).masked_fill(is_end, EOT)
-        dit.take(tokens[:, -b:])
-        return tokens
+    def denoise(place, noise, segment, sampling):
+        assert len(noise.unique(dim=0)) == 3, "each row has its own"
+        found.append(guided_estimate(place, z, torch.tensor(0.4), guess, segment, sampling))
+        return z
 
-    vae.to_tokens = to_tokens
-    sampling = Sampling(steps=3, cfg_scale=scale, temperature=1.0)
-    continue_in_blocks(vae, dit, prompts, 13 * b, sampling)
-    assert dit.checked >= 13 * 3
-    assert dit.now.min() > 0, "each row has ended a document"
-    assert max(dit.kept) <= N - b < 7 + 13 * b
-    for x in dit.past:
-        assert x[:3].any()
-        assert not x[3:].any(), "guidance is against no history"
+    monkeypatch.setattr(cola, "denoise", denoise)
+    read = vae.decode
 
+    def decode(latents, segment):
+        found.append(read(latents, segment)[:, -b:])
+        return F.one_hot(F.pad(written, (latents.shape[1] - b, 0)), V)
 
-SAMPLING = Sampling(steps=3, cfg_scale=3.0, temperature=0.7, seed=3)
-
-
-def test_blocks_stop_at_the_end_of_text_or_of_a_row(vae, dit):
-    prompts = [[1, 2, 3], [4], []]
-    texts = continue_in_blocks(vae, dit, prompts, 0, SAMPLING)
-    for text, prompt in zip(texts, prompts):
-        assert EOT not in text[:-1]
-        assert text[-1] == EOT or len(text) == N - len(prompt)
-
-
-def test_blocks_do_not_depend_on_neighbours(vae, dit):
-    texts = continue_in_blocks(vae, dit, [[1, 2, 3], [4], []], 0, SAMPLING)
-    beside_others = continue_in_blocks(vae, dit, [[5, 6, 7, 8, 9], [4]], 0, SAMPLING)
-    assert beside_others[1] == texts[1]
+    vae.decode = decode
+    documents = [[1, 2, 3], [8, 9], []]
+    sampling = Sampling(cfg_scale=scale)
+    growing = Texts(vae, dit, documents, sampling)
+    for i in range(n_blocks):
+        written = torch.randint(1, V - 1, (3, b))
+        if i < 3:
+            written[i, i] = EOT
+        for texts in (growing, Texts(vae, dit, documents, sampling)):
+            assert torch.equal(texts.next_block(), written)
+        estimate, logits, estimate_again, logits_again = found[-4:]
+        assert torch.allclose(estimate, estimate_again, atol=1e-4)
+        assert torch.allclose(logits, logits_again, atol=1e-3)
+        for row, block in enumerate(written.tolist()):
+            documents[row] = [] if EOT in block else documents[row] + block
 
 
-def test_blocks_go_on_as_long_as_is_asked(vae, dit):
+PLAN = torch.tensor([[[1, 2, 3]], [[4, EOT, 5]], [[6, 7, 8]], [[9, 9, 9]]])
+
+
+@pytest.mark.parametrize(
+    "prompt, length, text",
+    [
+        ([1], 0, [1, 2, 3, 4, EOT]),
+        ([1] * 8, 0, [1, 2, 3, 4]),  # the row is full
+        ([1], 7, [1, 2, 3, 4, EOT, 6, 7]),  # one document after another
+    ],
+)
+def test_blocks_stop_at_the_end_of_text_or_go_on_as_asked(vae, dit, prompt, length, text):
     seen = []
-
-    def callback(t, texts):
-        seen.append(list(texts[0]))
-
-    short = continue_in_blocks(vae, dit, [[1, 2, 3]], 0, SAMPLING)[0]
-    long = continue_in_blocks(vae, dit, [[1, 2, 3]], 50, SAMPLING, callback)[0]
-    assert len(long) == 50
-    assert long[: len(short)] == short
-    assert len(seen) > 15
-    for text, longer in zip(seen, seen[1:]):
-        assert longer[: len(text)] == text, "what was shown never changes"
-
-
-def test_the_seed_chooses_the_text_of_blocks(vae, dit):
-    texts = set()
-    for seed in (1, 2, 1):
-        sampling = Sampling(steps=3, cfg_scale=1.0, seed=seed)
-        texts.add(tuple(continue_in_blocks(vae, dit, [[]], 20, sampling)[0]))
-    assert len(texts) == 2
+    vae.to_tokens = lambda z, segment: F.pad(PLAN[len(seen)], (z.shape[1] - b, 0))
+    sampling, show = Sampling(steps=1), lambda t, texts: seen.append(list(texts[0]))
+    assert continue_in_blocks(vae, dit, [prompt], length, sampling, show) == [text]
+    assert (seen[0], seen[-1]) == ([1, 2, 3], text)
 
 
 # ---- The scripts ---------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def blocks(home, tmp_path_factory):
+    """A causal VAE and a DiT of blocks, made by the script itself."""
+    folder = tmp_path_factory.mktemp("blocks")
+    teacher = f"--teacher={home / 'out/gpt.pt'}"
+    with pytest.MonkeyPatch.context() as m:
+        make_quick(m)
+        train(home, "variants/cola_dlm.py vae", f"--out={folder}", teacher)
+        train(home, "variants/cola_dlm.py dit", f"--out={folder}", "--latent_block=4")
+    return folder
+
+
 def test_a_long_text_is_sampled_by_blocks(blocks, capsys):
-    def sample(*more):
+    lengths = []
+    for length in (5, 100):
         options = ["--out", blocks, "--prompt=ab", "--steps=2", "--device=cpu"]
-        script("sample.py", *options, *more)
-        return capsys.readouterr().out
-
-    text = sample("--length=100")
-    assert text.startswith("ab|")
-    assert text == sample("--length=100")
-    assert len(text) > len(sample("--length=5"))
+        script("sample.py", *options, f"--length={length}")
+        lengths.append(len(capsys.readouterr().out))
+    assert lengths[0] < lengths[1]
 
 
-def test_another_kind_of_vae_is_refused(home, blocks, capsys):
-    options = [*training_options(home), f"--out={blocks}"]
-    both_ways = f"--vae={home / 'out/vae.pt'}"
-    words = "holds a vae, where a causal_vae is needed"
-    refuse(capsys, words, "variants/cola_dlm.py", "dit", *options, both_ways, keep=blocks)
-    refuse(capsys, words, "sample.py", "--out", blocks, both_ways, keep=blocks)
-    words = "holds a causal_vae, where a vae is needed"
-    refuse(capsys, words, "train_dit.py", *options, keep=blocks)
+DIT = ["variants/cola_dlm.py", "dit"]
+CAUSAL = "holds a causal_vae, where a vae is needed"
+BOTH_WAYS = "holds a vae, where a causal_vae is needed"
 
 
-def test_a_stage_must_be_named(capsys):
-    for stage in ([], ["gpt"]):
-        refuse(capsys, "name the stage", "variants/cola_dlm.py", *stage)
-
-
-def test_a_block_longer_than_half_of_a_row_is_refused(home, blocks, capsys):
-    options = [*training_options(home), f"--out={blocks}", "--latent_block=999"]
-    words = "more than half of a row"
-    refuse(capsys, words, "variants/cola_dlm.py", "dit", *options, keep=blocks)
+@pytest.mark.parametrize(
+    "words, command",
+    [
+        (BOTH_WAYS, [*DIT, "--vae={home}/out/vae.pt"]),
+        (BOTH_WAYS, ["sample.py", "--vae={home}/out/vae.pt"]),
+        (CAUSAL, ["train_dit.py"]),
+        ("more than half of a row", [*DIT, "--latent_block=999"]),
+        ("--recompute is for", [*DIT, "--recompute"]),
+        ("name the stage", ["variants/cola_dlm.py", "gpt"]),
+    ],
+)
+def test_what_does_not_fit_is_refused(home, blocks, capsys, words, command):
+    path, *more = [part.format(home=home) for part in command]
+    options = [f"--out={blocks}"]
+    if path != "sample.py":
+        options = [*training_options(home), *options]
+    refuse(capsys, words, path, *more[:1], *options, *more[1:], keep=blocks)
