@@ -153,7 +153,8 @@ def test_masked_diffusion_counts_every_target_once_by_its_weight():
     """The loss is a bound. This model is charged log V for a token, and nothing in the tail. The
     evaluation leaves the tail out."""
     batch = example_batch(400)
-    batch = same_rows(batch, segment=(torch.arange(N) >= 3).long().repeat(400, 1))
+    segment = (torch.arange(N) >= 3).long().repeat(400, 1)
+    batch = same_rows(batch, segment=segment, weight=torch.where(batch.counted, 1.0, 3.0))
 
     def model(tokens, is_masked):
         assert not (is_masked & (batch.segment == CONTEXT)).any()
@@ -175,6 +176,21 @@ def test_masked_diffusion_cannot_see_what_it_is_to_tell():
     logits = model(batch.tokens, is_masked)
     assert torch.equal(logits, model(torch.where(is_masked, other, batch.tokens), is_masked))
     assert not torch.allclose(logits, model(torch.where(is_masked, batch.tokens, other), is_masked))
+
+
+def test_masked_diffusion_hides_padding():
+    model = make_masked()
+    real = model.forward
+    seen = []
+
+    def forward(*given):
+        seen.append(real(*given))
+        return seen[-1]
+
+    model.forward = forward
+    for prompts in ([[1, 2]], [[1, 2], [3, 4, 5, 6, 7]]):
+        unmask(model, prompts, 3, Sampling(steps=1))
+    assert torch.allclose(seen[1][0, :5], seen[0][0], atol=1e-4)
 
 
 def test_masked_diffusion_reveals_an_equal_share_in_each_step_as_the_model_says():

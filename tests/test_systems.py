@@ -47,34 +47,34 @@ def both_stages(flow):
 class System(NamedTuple):
     make: Callable
     loss: Callable  # of a model, a batch and a generator
-    write: Callable  # of a model, prompts and a seed: texts as long as a row allows
+    write: Callable  # of a model, prompts, a length (0: a row) and a seed
 
 
 SYSTEMS = dict(
     textldm=System(
         make_textldm,
         both_stages(flow_loss),
-        lambda net, prompts, seed: continue_texts(*net.values(), prompts, 0, sampling(seed)),
+        lambda net, prompts, n, seed: continue_texts(*net.values(), prompts, n, sampling(seed)),
     ),
     cola_dlm=System(
         make_cola,
         both_stages(block_flow_loss),
-        lambda net, prompts, seed: continue_in_blocks(*net.values(), prompts, 0, sampling(seed)),
+        lambda net, prompts, n, seed: continue_in_blocks(*net.values(), prompts, n, sampling(seed)),
     ),
     ldlm=System(
         make_ldlm,
         lambda net, batch, luck: joint_loss(net, batch, 400, luck)["loss"],
-        lambda net, prompts, seed: continue_texts(net, net.dit, prompts, 0, sampling(seed)),
+        lambda net, prompts, n, seed: continue_texts(net, net.dit, prompts, n, sampling(seed)),
     ),
     masked=System(
         lambda: randomise(MaskedLM(TransformerConfig(**SMALL))),
         masked_loss,
-        lambda net, prompts, seed: unmask(net, prompts, 0, sampling(seed)),
+        lambda net, prompts, n, seed: unmask(net, prompts, n, sampling(seed)),
     ),
     gpt=System(
         make_gpt,
         lambda net, batch, luck: gpt_loss(net, batch),
-        lambda net, prompts, seed: generate(net, prompts, 0, temperature=2.0, seed=seed),
+        lambda net, prompts, n, seed: generate(net, prompts, n, temperature=2.0, seed=seed),
     ),
 )
 
@@ -171,16 +171,16 @@ def test_as_many_contexts_as_asked_are_dropped_at_any_time(name):
 def test_the_same_seed_writes_the_same_text_whatever_the_neighbours(system):
     net = system.make()
     prompts = [[1, 2, 3], [4], [], [4]]
-    texts = system.write(net, prompts, 3)
-    assert texts == system.write(net, prompts, 3)
-    assert texts != system.write(net, prompts, 4)
-    assert texts[1] == system.write(net, [[5, 6, 7, 8, 9], [4]], 3)[1]
+    texts = system.write(net, prompts, 6, 3)
+    assert texts == system.write(net, prompts, 6, 3)
+    assert texts != system.write(net, prompts, 6, 4)
+    assert texts[1] == system.write(net, [[5, 6, 7, 8, 9], [4]], 6, 3)[1]
     assert texts[1] != texts[3], "equal prompts go on in different ways"
 
 
 def test_texts_stop_at_the_end_of_text_or_of_a_row(system):
     prompts = [[1, 2], [], [3]] * 20
-    texts = system.write(system.make(), prompts, 3)
+    texts = system.write(system.make(), prompts, 0, 3)
     is_whole = [len(text) == N - len(prompt) for text, prompt in zip(texts, prompts)]
     for text, whole in zip(texts, is_whole):
         assert EOT not in text[:-1]
