@@ -215,6 +215,29 @@ def test_a_gpt_knows_its_past_and_positions_and_not_its_future():
     assert torch.allclose(logits, h @ gpt.wte.weight.T, atol=1e-4)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bf16, tolerance", [(False, 1e-5), (True, 0.01)])
+def test_a_cross_entropy_and_its_gradients_are_autograds(bias, bf16, tolerance):
+    layer = randomise(torch.nn.Linear(E, V, bias))
+    shape = 3, textldm.chunk_of(torch.empty(0)) - 1  # three chunks, and the last is not full
+    h = torch.randn(*shape, E, requires_grad=True)
+    tokens = torch.randint(0, V, shape)
+    weight = torch.rand(shape) * (torch.rand(shape) < 0.7)
+
+    def with_gradients(loss, losses):
+        return [loss, losses, *torch.autograd.grad(3 * loss, [h, *layer.parameters()])]
+
+    losses = F.cross_entropy(layer(h).mT, tokens, reduction="none")
+    expected = with_gradients((losses * weight).sum() / weight.sum(), losses)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        found = with_gradients(*cross_entropy(h, layer, tokens, weight))
+    for x, y in zip(found, expected, strict=True):
+        assert x.dtype == torch.float32
+        assert (x - y).norm() < tolerance * y.norm()
+    assert not found[1].requires_grad
+    assert cross_entropy(300 * h, layer, tokens, 0 * weight)[0] == 0, "and nothing overflows"
+
+
 @pytest.mark.parametrize("n_layer, expected", [(5, 3), (3, 1), (2, 1)])
 def test_features_are_of_the_third_to_last_layer_after_an_end_of_text(watch, n_layer, expected):
     teacher = make_gpt(n_layer=n_layer)
@@ -238,15 +261,16 @@ def test_a_vae_reads_all_of_a_segment_and_nothing_of_others(vae, place):
     tokens = torch.randint(0, V, segment.shape)
     changed = change_tokens(tokens, torch.arange(N + 5) == place)
     z, z_changed = (vae.latents(x, segment) for x in (tokens, changed))
-    logits, logits_changed = (vae.decode(x, segment) for x in (z, z_changed))
+    decoded, decoded_changed = (vae.decode(x, segment) for x in (z, z_changed))
     is_seen = segment == segment[:, place, None]
-    for before, after in ((z, z_changed), (logits, logits_changed)):
+    for before, after in ((z, z_changed), (decoded, decoded_changed)):
         assert torch.equal(before[~is_seen], after[~is_seen])
         assert not torch.isclose(before, after)[is_seen].all(-1).any()
 
 
 def test_the_loss_of_a_vae_by_hand(watch):
-    vae = make_vae(vocab_size=2, channels=2, repa=2.0)
+    vae = make_vae(vocab_size=2, channels=2, repa=2.0, n_embd=2, n_head=1)
+    torch.nn.init.eye_(vae.to_logits.weight)
     weight = torch.tensor([[1, 1, 0.1]])
     batch = make_batch(torch.tensor([[0, 0, 1]]), all_target(1, 3), weight)
     mu = torch.tensor([[[1.0, 2.0], [3.0, 0.0], [0.0, 0.0]]])
@@ -258,7 +282,7 @@ def test_the_loss_of_a_vae_by_hand(watch):
     watch(vae, "alignment", lambda call: cos)
 
     # The loss of a token is ce + 0.25 kl - 2 cos. The third token is of the tail.
-    expected = dict(ce=0.80472, kl=3.57671, cos=0.2, accuracy=0.5, loss=1.25145)
+    expected = dict(ce=0.80472, kl=3.57671, cos=0.2, loss=1.25145)
     report = vae(batch, features=cos, beta=0.25)
     assert {k: x.item() for k, x in report.items()} == pytest.approx(expected, rel=1e-4)
     assert vae(batch)["cos"] == 0, "without features nothing is aligned"
@@ -305,7 +329,8 @@ def test_standardised_latents_by_hand(vae, watch):
     active_std = torch.tensor([2.0, 1.0, 0.11, 1, 1, 1])  # variances of the others are below 0.01
     table = mean + std * torch.tensor([-1, 0, 1, 99])[:, None]  # token 3 is the tail's
     watch(vae, "posterior", lambda call: (table[call.tokens], None, None))
-    read = watch(vae, "decode", lambda call: torch.eye(C))
+    read = watch(vae, "decode", lambda call: torch.eye(C, E))
+    torch.nn.init.eye_(vae.to_logits.weight)
     text = make_batch(torch.tensor([[0, 1]]), all_target(1, 2), torch.ones(1, 2))
     end = same_rows(text, tokens=torch.tensor([[2, 3]]), weight=torch.tensor([[1, TAIL_WEIGHT]]))
     assert vae.standardise([text, end]) == 3
@@ -341,18 +366,23 @@ def test_a_dit_knows_the_whole_row_and_by_its_options_the_time_and_a_guess(dit):
 
 def test_a_velocity_by_hand():
     dit = make_dit(predict_tokens=False)
+    dit.to_output = torch.nn.Identity()
     v, z_0, eps, z_t = torch.tensor([[[1.0, 2.0]], [[0.0, 1.0]], [[2.0, 1.0]], [[3.0, 4.0]]])
-    assert dit.loss(v, None, z_0, eps).tolist() == [(1 + 4) / 2]
-    assert dit.estimate(v, z_t, torch.tensor(0.5), temperature=0.1).tolist() == [[2.5, 3.0]]
+    v = torch.cat((v, eps - z_0))
+    found = dit.loss(v, None, z_0, eps, torch.tensor([1.0, 3.0]))
+    assert torch.hstack(found).tolist() == [2.5 / 4, 2.5, 0]
+    assert dit.estimate(v, z_t, torch.tensor(0.5), temperature=0.1)[0].tolist() == [2.5, 3.0]
 
 
 def test_a_token_by_hand():
-    dit = make_dit(vocab_size=2, channels=2)
+    dit = make_dit(vocab_size=2, channels=2, n_embd=2, n_head=1)
     dit.latent_of.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
-    logits = torch.tensor([0.8, 0.2]).log() + 7
-    assert dit.loss(logits, torch.tensor(1), None, None).item() == pytest.approx(math.log(5))
+    dit.to_output.bias.data = torch.tensor([0.8, 0.2]).log() + 7
+    h = torch.zeros(1, 2)
+    found = dit.loss(h, torch.tensor([1]), None, None, torch.tensor([3.0]))
+    assert [x.item() for x in found] == pytest.approx(2 * [math.log(5)])
     for temperature, p in ((1.0, 0.8), (0.5, 0.64 / 0.68), (0.0, 1.0)):
-        estimate = dit.estimate(logits, None, None, temperature)
+        (estimate,) = dit.estimate(h, None, None, temperature)
         assert estimate.tolist() == pytest.approx([p, 2 * (1 - p)])
 
 
@@ -373,7 +403,7 @@ def test_the_loss_noises_targets_alone_and_tells_first_rows_an_estimate(dit, wat
     z_0, eps = torch.randn(2, 4, N, C)
     t = torch.tensor([0.1, 0.5, 0.7, 1.0])
     calls = watch(dit, "forward")
-    loss, output, z_t, t_of = denoising_loss(dit, batch, z_0, t, eps, n_guess=2)
+    loss, losses, h, z_t, t_of = denoising_loss(dit, batch, z_0, t, eps, n_guess=2)
     call = calls[-1]
     noisy = torch.stack([(1 - a) * z + a * e for a, z, e in zip(t, z_0, eps)])
     assert torch.equal(call.x[~is_target], z_0[~is_target])
@@ -382,18 +412,17 @@ def test_the_loss_noises_targets_alone_and_tells_first_rows_an_estimate(dit, wat
     assert t_of[:, 0].tolist() == t.repeat_interleave(is_target.sum(1)).tolist()
 
     whole_row = dit(call.x, batch.segment, t, call.guess)
-    assert torch.allclose(output, whole_row[is_target], atol=1e-5)
-    if dit.config.predict_tokens:
-        expected = cross_entropy(whole_row, batch.tokens)
-    else:
-        expected = (whole_row - (eps - z_0)).square().mean(-1)
-    assert torch.allclose(loss, expected[is_target], atol=1e-5)
+    assert torch.allclose(h, whole_row[is_target], atol=1e-5)
+    given = whole_row[is_target], batch.tokens[is_target], z_0[is_target], eps[is_target]
+    expected = dit.loss(*given, batch.weight[is_target])
+    assert loss.item() == pytest.approx(expected[0].item(), rel=1e-5)
+    assert torch.allclose(losses, expected[1], atol=1e-5)
 
     estimate = dit.estimate(dit(call.x, batch.segment, t), call.x, t[:, None, None])
     is_told = is_target & (torch.arange(4) < 2)[:, None] & dit.config.self_condition
     assert torch.allclose(call.guess[is_told], estimate[is_told], atol=1e-5)
     assert not call.guess[is_target & ~is_told].any()
-    assert not call.guess.requires_grad
+    assert not losses.requires_grad and not call.guess.requires_grad
 
 
 def test_flow_loss_draws_noise_and_times_and_drops_contexts_at_all_times(watch):
@@ -401,13 +430,10 @@ def test_flow_loss_draws_noise_and_times_and_drops_contexts_at_all_times(watch):
     segment = torch.tensor([CONTEXT, TARGET, TARGET]).expand(4001, 3)
     batch = same_rows(example_batch(4001, n=3), segment=segment)
     is_target = segment == TARGET
-    losses = torch.rand(is_target.sum())
-    calls = watch(textldm, "denoising_loss", lambda call: (losses, None, None, None))
-    loss = flow_loss(dit, batch, torch.ones(4001, 3, C), generator(0))
-    weight = batch.weight[is_target]
-    assert loss.item() == pytest.approx(((losses * weight).sum() / weight.sum()).item())
-
-    (call,) = calls
+    calls = watch(textldm, "denoising_loss", lambda call: ("loss", None, None, None, None))
+    for seed in (0, 1):
+        assert flow_loss(dit, batch, torch.ones(4001, 3, C), generator(seed)) == "loss"
+    call = calls[-1]
     u = torch.linspace(0.05, 0.95, 19)
     assert torch.allclose(call.t.quantile(u), dit.times(u), atol=0.03)
     is_hidden = (call.z_0 == 0).all(-1)
@@ -417,7 +443,7 @@ def test_flow_loss_draws_noise_and_times_and_drops_contexts_at_all_times(watch):
     assert torch.equal(is_hidden, is_dropped[:, None] & ~is_target)
     assert (call.z_0[~is_hidden] == 1).all()
     assert [x.item() for x in torch.std_mean(call.eps)] == pytest.approx([1, 0], abs=0.02)
-    assert call.n_guess == 2001, "half of the rows"
+    assert [call.n_guess for call in calls] == [2000, 2001], "half of the rows"
 
 
 def test_no_step_waits_for_a_gpu(vae, dit, monkeypatch):
@@ -430,7 +456,7 @@ def test_no_step_waits_for_a_gpu(vae, dit, monkeypatch):
     losses = [
         vae(batch, teacher_features(teacher, batch.tokens))["loss"],
         flow_loss(dit, batch, z_0, torch.Generator()),
-        cross_entropy(teacher(batch.tokens), batch.tokens).mean(),
+        teacher(batch.tokens, batch.tokens, batch.counted),
     ]
     sum(losses).backward()
     denoise(dit, z_0, batch.segment, Sampling(steps=3, cfg_scale=2.0))
@@ -444,14 +470,12 @@ def test_every_parameter_learns_in_bf16_and_residual_streams_stay_in_fp32(vae, d
         vae(batch, torch.randn(4, N, E_TEACHER), 0.1, generator(0))["loss"].backward()
         z = vae.latents(batch.tokens, batch.segment).detach()
         flow_loss(dit, batch, z, generator(0)).backward()
-        output = dit(z, batch.segment, torch.rand(4), z)
-        estimate = dit.estimate(output, z, torch.tensor(0.5))
-        of_targets = dit(z, batch.segment, torch.rand(4), places=batch.targets)
-        logits = vae.decode(z, batch.segment)
+        h = dit(z, batch.segment, torch.rand(4), z)
+        estimate = dit.estimate(h, z, torch.tensor(0.5))
     for name, p in [*vae.named_parameters(), *dit.named_parameters()]:
         assert p.grad is not None and p.grad.any(), name
     streams = [call.x for of_block in calls for call in of_block]
-    for x in (z, output, estimate, of_targets, logits, *streams):
+    for x in (z, h, estimate, *streams):
         assert x.dtype == torch.float32
 
 
@@ -467,8 +491,8 @@ def test_guidance_goes_from_the_estimate_without_context_to_the_one_with_it(dit,
     guided = guided_estimate(dit, z, t, guess, padded, sampling)[:, :N]
 
     def estimate(z, guess):
-        output = dit(z, segment, t.expand(4), guess)
-        return dit.estimate(output, z, t, 0.5)[is_target]
+        h = dit(z, segment, t.expand(4), guess)
+        return dit.estimate(h, z, t, 0.5)[is_target]
 
     z, guess = z[:, :N], guess[:, :N]
     e_c = estimate(z, guess)
@@ -480,6 +504,7 @@ def test_guidance_goes_from_the_estimate_without_context_to_the_one_with_it(dit,
 
 def test_three_steps_of_euler_by_hand(watch):
     dit = make_dit(predict_tokens=False)
+    dit.to_output = torch.nn.Identity()
     drawn = watch(dit, "times", lambda call: torch.tensor([1, 0.25, 0.125, 0]))
     halve = watch(dit, "forward", lambda call: call.x / (2 * call.t[:, None, None]))
     z = torch.tensor([7.0, 8.0])[None, :, None].expand(1, 2, C)

@@ -143,6 +143,7 @@ class Attention(nn.Module):
         q, k, v = qkv
         if turn is not None:
             q, k = rotate(qkv[:2], turn)
+            v = v.contiguous()  # a view would keep the old q and k in memory
         return q, k, v
 
     def attend(self, q, k, v, mask=None, causal=False):
@@ -222,14 +223,71 @@ def init_weights(model):
             nn.init.normal_(p, std=0.02)
 
 
-def cross_entropy(logits, tokens):
-    """logits (B, N, V), tokens (B, N) -> each token's loss (B, N), in nats."""
-    loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
-    return loss.view(tokens.shape)
-
-
 def weighted_mean(x, weight):
     return (x * weight).sum() / weight.sum().clamp(min=1e-9)
+
+
+def chunk_of(h):
+    """How many tokens get their logits at once: a GPU's memory could not hold those of all, and a
+    CPU's cache holds these."""
+    return 64 if h.device.type == "cpu" else 1024
+
+
+class CrossEntropy(torch.autograd.Function):
+    """The sum of `weight` times the cross-entropy of T tokens, whose logits are h matrix^T + bias,
+    and each token's. Each chunk's gradients are computed beside its losses."""
+
+    @staticmethod
+    def forward(ctx, h, matrix, bias, tokens, weight, has_gradient):
+        chunk = chunk_of(h)
+        losses = []
+        gradients = [torch.zeros_like(x, dtype=torch.float32) for x in (h, matrix, bias)]
+        dtype = F.linear(h[:1], matrix).dtype  # autocast's, where it is on
+        h, matrix = h.to(dtype), matrix.to(dtype)
+        ctx.save_for_backward(*gradients)
+        d_h, d_matrix, d_bias = gradients
+        parts = zip(*(x.split(chunk) for x in (h, tokens[:, None], weight[:, None], d_h)))
+        for x, token, w, d_x in parts:
+            logits = F.linear(x, matrix, bias).float()  # (chunk, V)
+            logits -= logits.amax(-1, keepdim=True)
+            at_token = logits.gather(-1, token)
+            p = logits.exp_()
+            total = p.sum(-1, keepdim=True)
+            losses.append(total.log() - at_token)
+            if has_gradient:  # that of the logits is w (p / total - 1 at the token)
+                p.mul_(w / total).scatter_add_(-1, token, -w)
+                d_x += p @ matrix
+                d_matrix += p.T @ x
+                d_bias += p.sum(0)
+        losses = torch.cat(losses)[:, 0]
+        ctx.mark_non_differentiable(losses)
+        return (losses * weight).sum(), losses
+
+    @staticmethod
+    def backward(ctx, d_loss, _):
+        return *(d_loss * x for x in ctx.saved_tensors), None, None, None
+
+
+def cross_entropy(h, layer, tokens, weight):
+    """h (..., E), a layer to logits, or an embedding, tokens and weight (...) -> the mean loss by
+    weight, in nats, and the loss of each token (...), which has no gradient."""
+    matrix = layer.weight  # (V, E)
+    bias = getattr(layer, "bias", None)  # (V,)
+    if bias is None:
+        bias = matrix.new_zeros(len(matrix))
+    more = -len(matrix) % 64  # a GPU is slow at odd sizes, as GPT-2's 50,257
+    matrix = F.pad(matrix, (0, 0, 0, more))
+    bias = F.pad(bias, (0, more), value=-torch.inf)  # p is 0 there
+    share = weight / weight.sum().clamp(min=1e-9)
+    flat = h.flatten(0, -2), matrix, bias, tokens.flatten(), share.flatten()
+    loss, losses = CrossEntropy.apply(*flat, torch.is_grad_enabled())
+    return loss, losses.view(tokens.shape)
+
+
+def by_chunks(f, h):
+    """f(h) for h (..., E), where f makes logits."""
+    y = torch.cat([f(x) for x in h.flatten(0, -2).split(chunk_of(h))])
+    return y.view(*h.shape[:-1], *y.shape[1:])
 
 
 # ---- 2. GPT: the frozen teacher of REPA, and the autoregressive baseline -------------------------
@@ -255,10 +313,13 @@ class GPT(nn.Module):
             x = block(x, causal=True)
         return x
 
-    def forward(self, tokens):
-        """tokens (B, N) -> logits of each next token (B, N, V)."""
-        x = self.hidden_states(tokens, self.config.n_layer)
-        return F.linear(self.ln_f(x), self.wte.weight)
+    def forward(self, tokens, next_tokens=None, weight=None):
+        """tokens (B, N) -> logits of each next token (B, N, V). With next_tokens and weight (B, N)
+        their mean loss instead."""
+        x = self.ln_f(self.hidden_states(tokens, self.config.n_layer))
+        if next_tokens is None:
+            return F.linear(x, self.wte.weight)
+        return cross_entropy(x, self.wte, next_tokens, weight)[0]
 
 
 @torch.no_grad()
@@ -329,10 +390,9 @@ class TextVAE(nn.Module):
         return mu, logvar.clamp(-20, 10), h
 
     def decode(self, z, segment):
-        """Raw latents z (B, N, C) -> logits (B, N, V) of all tokens at once."""
+        """Raw latents z (B, N, C) -> what `to_logits` reads of all tokens at once (B, N, E)."""
         x = self.from_latent(z).float()  # autocast gives bf16; the residual stream is fp32
-        x = self.decoder(x, self.mask(segment))  # (B, N, E)
-        return self.to_logits(x).float()
+        return self.decoder(x, self.mask(segment))
 
     def alignment(self, mu, h, features):
         """REPA [REPA]: the cosine (B, N) between the projected student and the teacher's features
@@ -346,27 +406,26 @@ class TextVAE(nn.Module):
 
     def forward(self, batch, features=None, beta=0.0, generator=None):
         """L = CE + beta KL + lambda L_REPA, where L_REPA = -mean cosine (Eq. 1-3 of [TextLDM]).
-        Returns scalars: `loss` (by weight), and its terms and accuracy (over counted tokens).
-        Without `features` nothing is aligned. Without a generator z is the posterior mean."""
+        Returns scalars: `loss` (by weight), and its terms (over counted tokens). Without `features`
+        nothing is aligned. Without a generator z is the posterior mean."""
         tokens, segment = batch.tokens, batch.segment
         mu, logvar, h = self.posterior(tokens, segment)
         z = mu  # (B, N, C)
         if generator is not None:
             noise = torch.randn(mu.shape, generator=generator, device=mu.device)
             z = mu + (0.5 * logvar).exp() * noise
-        logits = self.decode(z, segment)  # (B, N, V)
-        ce = cross_entropy(logits, tokens)  # (B, N)
+        x = self.decode(z, segment)  # (B, N, E)
+        mean_ce, ce = cross_entropy(x, self.to_logits, tokens, batch.weight)  # (), (B, N)
         # KL(N(mu, exp(logvar)) || N(0, 1)), summed over channels (appendix B of [VAE])
         kl = mu.square() + logvar.exp() - 1 - logvar  # (B, N, C)
         kl = 0.5 * kl.sum(-1)  # (B, N)
         cos = torch.zeros_like(ce)  # (B, N)
         if features is not None:
             cos = self.alignment(mu, h, features)
-        loss = ce + beta * kl - self.config.repa * cos
-        accuracy = (logits.argmax(-1) == tokens).float()
-        report = dict(ce=ce, kl=kl, cos=cos, accuracy=accuracy)
-        report = {k: weighted_mean(x.detach(), batch.counted) for k, x in report.items()}
-        report["loss"] = weighted_mean(loss, batch.weight)
+        report = dict(ce=ce, kl=kl.detach(), cos=cos.detach())
+        report = {k: weighted_mean(x, batch.counted) for k, x in report.items()}
+        rest = beta * kl - self.config.repa * cos  # (B, N)
+        report["loss"] = mean_ce + weighted_mean(rest, batch.weight)
         return report
 
     @torch.no_grad()
@@ -389,7 +448,8 @@ class TextVAE(nn.Module):
 
     def to_tokens(self, z, segment):
         """Standardised latents z (B, N, C) -> the likeliest tokens (B, N)."""
-        return self.decode(z * self.z_std + self.z_mean, segment).argmax(-1)
+        x = self.decode(z * self.z_std + self.z_mean, segment)  # (B, N, E)
+        return by_chunks(lambda x: self.to_logits(x).argmax(-1), x)
 
 
 # ---- 4. The DiT: reads noisy latents of the target and clean ones of the context -----------------
@@ -447,44 +507,43 @@ class TextDiT(nn.Module):
         """x (B, N, C): noisy latents of the target at times t (B,); clean ones of the context, or
         zeros if the context is dropped. segment (B, N) tells them apart. guess (B, N, C): a former
         estimate of the targets' z_0; None is as zeros. mask (B, 1, 1, N) is False at padding.
-        Returns velocities (B, N, C) or logits (B, N, V); with places (T,), indices among the B * N
-        tokens, only theirs: (T, C) or (T, V)."""
+        Returns what `to_output` reads, (B, N, E), or with places (T,), indices among the B * N
+        tokens, only theirs: (T, E). `loss` and `estimate` take it."""
         is_target = segment == TARGET  # (B, N); padding is masked
         h = self.from_latent(x) + self.segment_emb(is_target.long())  # (B, N, E)
         if self.config.self_condition and guess is not None:
             h = h + self.from_guess(guess * is_target[..., None])
         time_emb = self.time_embedding(t) if self.config.adaln else None
         h = self.transformer(h, mask, time_emb)
-        return self.output(h, places)
+        return h if places is None else h.flatten(0, 1).index_select(0, places)
 
-    def output(self, h, places):
-        if places is None:
-            return self.to_output(h).float()
-        # T is rounded up to a multiple of 128: CPU libraries compile for each new size.
-        T = len(places)
-        places = F.pad(places, (0, -T % 128))  # more of place 0, cut off again below
-        h = h.flatten(0, 1).index_select(0, places)
-        return self.to_output(h).float()[:T]
+    def loss(self, h, tokens, z_0, eps, weight):
+        """The mean loss by weight (T,), and that of each target (T,), which has no gradient. Of
+        targets are h (T, E), their tokens (T,), z_0 and eps (T, C)."""
+        if self.config.predict_tokens:  # ours: p(token | z_t, context), in nats; see `estimate`
+            return cross_entropy(h, self.to_output, tokens, weight)
+        v = self.to_output(h).float()  # (T, C): the paper's objective (Eq. 5)
+        losses = (v - (eps - z_0)).square().mean(-1)  # (T,)
+        return weighted_mean(losses, weight), losses.detach()
 
-    def loss(self, output, tokens, z_0, eps):
-        """The loss (T,) of outputs (T, ...) for targets: their tokens (T,), z_0 and eps (T, C)."""
-        if not self.config.predict_tokens:  # the paper's objective: the velocity (Eq. 5)
-            return (output - (eps - z_0)).square().mean(-1)
-        # ours: logits of p(token | z_t, context), so a cross-entropy, in nats; see `estimate`
-        return F.cross_entropy(output, tokens, reduction="none")
-
-    def estimate(self, output, z_t, t, temperature=1.0):
-        """The clean latents E[z_0 | z_t] (..., C), given the output at z_t (..., C). t broadcasts
+    def estimate(self, h, z_t, t, temperature=1.0):
+        """The clean latents E[z_0 | z_t] (..., C), given h (..., E) at z_t (..., C). t broadcasts
         with z_t. A temperature below 1 prefers likely tokens; a velocity ignores it."""
         if not self.config.predict_tokens:
-            return z_t - t * output  # z_t - t v, as z_t = z_0 + t v
+            return z_t - t * self.to_output(h).float()  # z_t - t v, as z_t = z_0 + t v
         # E[z_0 | z_t] is the sum over tokens of p(token | z_t) E[z_0 | token, z_t]. We take
         # E[z_0 | token] for the last factor, as [CDCD] takes embeddings ("score interpolation").
         # So without guidance a sample ends in the convex hull of these V vectors.
-        logits = output / max(temperature, 1e-4)  # (..., V)
-        # in fp32, because guidance takes differences of estimates
-        with torch.autocast(output.device.type, enabled=False):
-            return logits.softmax(-1) @ self.latent_of
+        scale = 1 / max(temperature, 1e-4)
+        bias = scale * self.to_output.bias
+
+        def mixture(h):
+            logits = F.linear(scale * h, self.to_output.weight, bias).float()  # (chunk, V)
+            # in fp32, because guidance takes differences of estimates
+            with torch.autocast(h.device.type, enabled=False):
+                return logits.softmax(-1) @ self.latent_of
+
+        return by_chunks(mixture, h)
 
 
 # ---- 5. Flow matching [FM]: the loss, and the sampler --------------------------------------------
@@ -492,7 +551,7 @@ class TextDiT(nn.Module):
 def denoising_loss(dit, batch, z_0, t, eps, n_guess=0):
     """Noises the targets of a batch, and measures how well the DiT recovers them.
     z_0 (B, N, C): clean latents, zeros for a dropped context. t (B,): times. eps (B, N, C): noise.
-    Returns of the targets the loss (T,), the output (T, V) or (T, C), z_t (T, C) and t (T, 1).
+    Returns the mean loss, and of the targets each loss (T,), h (T, E), z_t (T, C) and t (T, 1).
     Self-conditioning [AB]: the first n_guess rows are told what a first pass estimates. The others
     are told zeros, as in the first step of the sampler."""
     B, N, C = z_0.shape
@@ -504,11 +563,12 @@ def denoising_loss(dit, batch, z_0, t, eps, n_guess=0):
     if dit.config.self_condition and n_guess:
         first = slice(n_guess)
         with torch.no_grad():
-            output = dit(x[first], batch.segment[first], t[first])
-            guess[first] = dit.estimate(output, z_t[first], t_of[first])
-    output = dit(x, batch.segment, t, guess, places=batch.targets)  # (T, V) or (T, C)
-    tokens, z_0, eps, z_t, t_of = map(batch.at_targets, (batch.tokens, z_0, eps, z_t, t_of))
-    return dit.loss(output, tokens, z_0, eps), output, z_t, t_of
+            h = dit(x[first], batch.segment[first], t[first])
+            guess[first] = dit.estimate(h, z_t[first], t_of[first])
+    h = dit(x, batch.segment, t, guess, places=batch.targets)  # (T, E)
+    of_rows = batch.tokens, batch.weight, z_0, eps, z_t, t_of
+    tokens, weight, z_0, eps, z_t, t_of = map(batch.at_targets, of_rows)
+    return *dit.loss(h, tokens, z_0, eps, weight), h, z_t, t_of
 
 
 def flow_loss(dit, batch, z_0, generator):
@@ -521,8 +581,7 @@ def flow_loss(dit, batch, z_0, generator):
     is_hidden = (u[1] < dit.config.context_drop)[:, None] & (batch.segment == CONTEXT)  # (B, N)
     z_0 = z_0.masked_fill(is_hidden[..., None], 0)
     n_guess = (B + generator.initial_seed() % 2) // 2  # half of the rows; of one: at random
-    loss, _, _, _ = denoising_loss(dit, batch, z_0, t, eps, n_guess)
-    return weighted_mean(loss, batch.at_targets(batch.weight))
+    return denoising_loss(dit, batch, z_0, t, eps, n_guess)[0]
 
 
 @dataclass(frozen=True)
@@ -550,8 +609,8 @@ def guided_estimate(dit, z, t, guess, segment, sampling):
         guess = torch.cat((guess, guess_u))
         segment = segment.repeat(2, 1)
     mask = (segment != PADDING)[:, None, None]
-    output = dit(z, segment, t.expand(len(z)), guess, mask)
-    estimate = dit.estimate(output, z, t, sampling.temperature)
+    h = dit(z, segment, t.expand(len(z)), guess, mask)
+    estimate = dit.estimate(h, z, t, sampling.temperature)
     if not is_guided:
         return estimate
     e_c, e_u = estimate.chunk(2)  # (B, N, C) each

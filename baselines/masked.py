@@ -37,7 +37,8 @@ from train_dit import weight_of
 
 
 class MaskedLM(nn.Module):
-    """p(token) at every position, given the tokens that are not masked."""
+    """p(token) at every position, given the tokens that are not masked. `to_logits` tells it of
+    what `forward` returns."""
 
     def __init__(self, config):
         super().__init__()
@@ -48,9 +49,9 @@ class MaskedLM(nn.Module):
         init_weights(self)
 
     def forward(self, tokens, is_masked, mask=None):
-        """tokens, is_masked (B, N) -> logits (B, N, V). mask (B, 1, 1, N) hides padding."""
+        """tokens, is_masked (B, N) -> (B, N, E). mask (B, 1, 1, N) hides padding."""
         tokens = tokens.masked_fill(is_masked, self.config.vocab_size)
-        return self.to_logits(self.transformer(self.wte(tokens), mask)).float()
+        return self.transformer(self.wte(tokens), mask)
 
 
 def masked_loss(net, batch, generator):
@@ -63,8 +64,10 @@ def masked_loss(net, batch, generator):
     t = (t % 1).clamp(min=1e-3)[:, None]  # (B, 1)
     is_target = batch.segment == TARGET
     is_masked = is_target & (torch.rand(B, N, generator=generator, device=device) < t)
-    loss = cross_entropy(net(batch.tokens, is_masked), batch.tokens)  # (B, N)
-    return weighted_mean(loss * is_masked / t, batch.weight * is_target)
+    weight = batch.weight * is_masked / t  # (B, N)
+    h = net(batch.tokens, is_masked)  # (B, N, E)
+    loss, _ = cross_entropy(h, net.to_logits, batch.tokens, weight)
+    return loss * weight.sum() / (batch.weight * is_target).sum().clamp(min=1e-9)
 
 
 @torch.no_grad()
@@ -88,13 +91,14 @@ def unmask(model, prompts, length=0, sampling=Sampling(cfg_scale=1.0)):
         return torch.cat(some).to(device)
 
     for i in range(sampling.steps, 0, -1):
-        logits = model(tokens, is_masked, mask)  # (B, N, V)
+        h = model(tokens, is_masked, mask)  # (B, N, E)
         u = torch.ones(tokens.shape, device=device)  # (B, N)
         u[is_target] = draw(is_target.sum(1))
         is_revealed = is_masked & (u < 1 / i)
         # Only R revealed tokens are drawn. Random numbers for all would take longer than the
         # network, and many GB, if the vocabulary is large.
-        scaled = logits[is_revealed] / max(sampling.temperature, 1e-6)  # (R, V)
+        logits = model.to_logits(h[is_revealed]).float()  # (R, V)
+        scaled = logits / max(sampling.temperature, 1e-6)
         uniform = draw(is_revealed.sum(1), scaled.shape[-1])  # (R, V)
         gumbel = -(-uniform.log()).log()
         tokens[is_revealed] = (scaled + gumbel).argmax(-1)  # a draw from the softmax
@@ -108,8 +112,8 @@ def first_logits(model, prompts):
     config = model.config
     tokens, segment = rows_of(prompts, 0, config.block_size, config.end_of_text)  # (B, N) each
     device = model.wte.weight.device
-    logits = model(tokens.to(device), (segment == TARGET).to(device))  # (B, N, V)
-    return logits[range(len(prompts)), [len(prompt) for prompt in prompts]]
+    h = model(tokens.to(device), (segment == TARGET).to(device))  # (B, N, E)
+    return model.to_logits(h[range(len(prompts)), [len(prompt) for prompt in prompts]])
 
 
 @torch.no_grad()

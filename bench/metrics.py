@@ -8,7 +8,6 @@ from importlib.util import find_spec
 import numpy as np
 import regex  # tiktoken depends on it too
 import torch
-import torch.nn.functional as F
 
 from bench.ngram import WORD
 from engine.corpus import Corpus, encode, load_encoding
@@ -44,8 +43,9 @@ def score(gpt, tokenizer, prompts, texts, autocast):
         x = x.to(gpt.wte.weight.device)
         with autocast:
             h = gpt.ln_f(gpt.hidden_states(x, gpt.config.n_layer))  # (B, N, E)
-            logits = F.linear(h, gpt.wte.weight).float()  # (B, N, V)
-        loss = cross_entropy(logits[:, :-1], x[:, 1:]).cpu()  # (B, N - 1)
+            following = x[:, 1:]  # (B, N - 1)
+            _, loss = cross_entropy(h[:, :-1], gpt.wte, following, torch.ones_like(following))
+        loss = loss.cpu()
         for k, (row, ids) in enumerate(zip(some, new[start:])):
             end = len(row) - 1
             nll.append(loss[k, end - len(ids) : end].double().sum().item())

@@ -69,21 +69,21 @@ def described(encoding, token, p):
 def denoised(writer, vae, dit, prompt, sampling):
     """What TextLDM writes: for the noise and for each step its time, the evaluations of the network
     until then, and its tokens."""
-    seen = []  # z, segment and the output of each evaluation; guidance makes two in one batch
+    seen = []  # z, segment and h of each evaluation; guidance makes two in one batch
     steps = []  # t and the text of each step
-    hook = dit.register_forward_hook(lambda module, args, output: seen.append((*args[:2], output)))
+    hook = dit.register_forward_hook(lambda module, args, h: seen.append((*args[:2], h)))
     try:
         writer.write([prompt], 0, sampling, lambda t, texts: steps.append((t, texts[0])))
     finally:
         hook.remove()
-    noise, segment, _ = (x[:1] for x in seen[0])  # (1, N, C), (1, N), (1, N, V): with the prompt
+    noise, segment, _ = (x[:1] for x in seen[0])  # (1, N, C), (1, N), (1, N, E): with the prompt
     (text,) = texts_of(vae.to_tokens(noise, segment), segment, dit.config.end_of_text)
     tokens = [[shown(writer.encoding, token), 0, []] for token in text]
     found = [dict(t=1.0, evaluations=0, tokens=tokens)]
-    for k, ((t, text), (_, _, output)) in enumerate(zip(steps, seen), start=1):
-        p = output[0].float().softmax(-1)[segment[0] == TARGET]  # (T, V)
+    for k, ((t, text), (_, _, h)) in enumerate(zip(steps, seen), start=1):
+        p = dit.to_output(h[0][segment[0] == TARGET]).float().softmax(-1)  # (T, V)
         tokens = [described(writer.encoding, *pair) for pair in zip(text, p)]
-        found.append(dict(t=round(t, 4), evaluations=k * len(output), tokens=tokens))
+        found.append(dict(t=round(t, 4), evaluations=k * len(h), tokens=tokens))
     return found
 
 

@@ -96,7 +96,7 @@ def main():
     def dit_loss(batch):
         with torch.no_grad():
             z_0 = vae.latents(batch.tokens, batch.segment)
-        return flow_loss(dit, batch, z_0, generator=None)
+        return flow_loss(dit, batch, z_0, torch.Generator(device))
 
     losses = (partial(gpt_loss, gpt), vae_loss, dit_loss)
     print(f"\n| rows of {corpus.N} tokens | ms a step |\n|---|---|")

@@ -234,17 +234,20 @@ class Corpus:
 
 
 def shorten_rows(corpora, longest, model):
-    """Lowers the N of corpora to `longest`, what a model (its name) can read. A warning says so."""
+    """Lowers the N of corpora to `longest`, what a model (its name) can read. A warning says so.
+    Long rows get a multiple of 64 tokens, for which GPUs are fastest (GPT-2 reads 1,023)."""
     wanted = max(corpus.N for corpus in corpora)
-    if wanted > longest:
-        print(
-            f"warning: {model} reads rows of at most {longest} tokens, so rows have {longest} "
-            f"instead of {wanted}; train {model} with --block_size={wanted}, or give "
-            f"--block_size={longest} here",
-            file=sys.stderr,
-        )
+    if wanted <= longest:
+        return
+    rows = longest if longest < 512 else longest // 64 * 64
+    print(
+        f"warning: {model} reads rows of at most {longest} tokens, so rows have {rows} "
+        f"instead of {wanted}; train {model} with --block_size={wanted}, or give "
+        f"--block_size={rows} here",
+        file=sys.stderr,
+    )
     for corpus in corpora:
-        corpus.N = min(corpus.N, longest)
+        corpus.N = min(corpus.N, rows)
 
 
 def to_device(batch, device):

@@ -18,7 +18,11 @@ def evaluate_vae(vae, batches, features_of, active):
     teacher's features, or None. active: the number of active channels."""
     mean = {}
     for batch in tqdm(batches, desc="evaluate", delay=2, leave=False):
-        for name, value in vae(batch, features_of(batch), vae.config.beta).items():
+        report = vae(batch, features_of(batch), vae.config.beta)
+        z = vae.latents(batch.tokens, batch.segment)
+        is_right = vae.to_tokens(z, batch.segment) == batch.tokens  # (B, N)
+        report["accuracy"] = weighted_mean(is_right, batch.counted)
+        for name, value in report.items():
             mean[name] = mean.get(name, 0) + value.item() / len(batches)
     text = (
         f"val: accuracy {mean['accuracy']:.4f}, KL {mean['kl']:.1f} nats per token, "
@@ -101,8 +105,8 @@ def rows_with_other_contexts(needed, lengths):
 def table_by_time(space, dit, batch, denoise):
     """A list of rows, one for each t of 0.1 to 0.9. Each is a dict of means over counted targets.
 
-    space has `latents` and `to_tokens`; dit has `estimate`. denoise(t, is_shuffled) returns the
-    loss, the output, z_t and t of each target, with the right contexts or those of other rows."""
+    space has `latents` and `to_tokens`; dit has `estimate`. denoise(t, is_shuffled) returns
+    what textldm.denoising_loss does, with the right contexts or with those of other rows."""
     z_0 = space.latents(batch.tokens, batch.segment)  # (B, N, C)
     weight = batch.at_targets(batch.counted)  # (T,)
 
@@ -118,11 +122,11 @@ def table_by_time(space, dit, batch, denoise):
     table = []
     times = torch.arange(1, 10, device=z_0.device) / 10
     for t in tqdm(times, desc="evaluate", delay=2, leave=False):
-        loss, output, z_t, t_of = denoise(t, is_shuffled=False)
-        shuffled, _, _, _ = denoise(t, is_shuffled=True)
+        _, loss, h, z_t, t_of = denoise(t, is_shuffled=False)
+        _, shuffled, _, _, _ = denoise(t, is_shuffled=True)
         row = dict(t=round(t.item(), 1), loss=mean(loss), shuffled=mean(shuffled))
         row["noisy"] = accuracy(z_t / (1 - t))
-        row["predicted"] = accuracy(dit.estimate(output, z_t, t_of))
+        row["predicted"] = accuracy(dit.estimate(h, z_t, t_of))
         table.append(row)
     return table
 

@@ -28,6 +28,10 @@ def pick_device(name, longest_row=64):
     except (RuntimeError, AssertionError) as e:
         reason = repr(str(e)[:80])
         raise UserError(f"--device={name} is not available here ({reason})") from None
+    if device.type == "cuda":
+        # cuDNN's attention plans each new shape for up to half a second, and texts have many; with
+        # a mask its gradients can be NaN (torch's issue 196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "cpu":
         # The switch is of CPUs too. Theirs takes twice as long as plain attention on short rows,
         # and a third as long on long ones.

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -206,7 +207,13 @@ class Run:
         if self.world > 1 and not dist.is_initialized():
             is_gpu = self.device.type == "cuda"
             device = self.device if is_gpu else None
-            dist.init_process_group("nccl" if is_gpu else "gloo", device_id=device)
+            if is_gpu:
+                torch.cuda.set_device(device)
+            dist.init_process_group(
+                "nccl" if is_gpu else "gloo",
+                device_id=device,
+                timeout=timedelta(hours=2),  # the first process evaluates and saves
+            )
         self.step = self.kept_step = 0
         self.best = math.inf
         self.horizon = self.cfg.max_steps

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import variants.cola_dlm as cola
 from test_textldm import EOT, C, N, V, all_target, change_tokens, example_batch, generator
 from test_textldm import make_dit, make_vae, randomise, same_rows
-from tests.helpers import make_quick, refuse, script, train, training_options
+from tests.helpers import make_quick, refuse, script, stage_of, train, training_options
 from textldm import TAIL_WEIGHT, TARGET, Sampling, guided_estimate
 from variants.cola_dlm import BlockCorpus, BlockEvaluation, CausalVAE, ColaConfig, ColaDiT
 from variants.cola_dlm import Layout, Noise, Texts, block_denoising_loss, block_flow_loss
@@ -78,13 +78,16 @@ def test_each_block_is_denoised_as_alone_behind_all_that_is_before_it(dit):
     is_learned = []
     dit.from_guess.register_forward_pre_hook(lambda _, x: is_learned.append(x[0].requires_grad))
     noise = Noise(block, t, eps)
-    loss, output, z_t, t_of = block_denoising_loss(dit, batch, z_0, context, noise, n_guess=2)
+    given = dit, batch, z_0, context, noise
+    loss, losses, h, z_t, t_of = block_denoising_loss(*given, n_guess=2)
     assert is_learned == [False]
     assert torch.equal(t_of.view(4, N), t[:, block])
     expected = z_0 + t_of.view(4, N, 1) * (eps - z_0)
     assert torch.allclose(z_t.view(4, N, C), expected, atol=1e-6)
-    nll = F.cross_entropy(output, batch.tokens.flatten(), reduction="none")
-    assert torch.allclose(loss, nll)
+    nll = F.cross_entropy(dit.to_output(h), batch.tokens.flatten(), reduction="none")
+    assert torch.allclose(losses, nll, atol=1e-5)
+    mean = (nll.view(4, N) * batch.weight).sum() / batch.weight.sum()
+    assert loss.item() == pytest.approx(mean.item(), rel=1e-5)
 
     for i in range(5):
         before, now = PLACE[block < i], PLACE[block == i]
@@ -101,7 +104,7 @@ def test_each_block_is_denoised_as_alone_behind_all_that_is_before_it(dit):
         untold = torch.zeros_like(x)
         told = dit.estimate(alone(untold), x, None)
         guess = torch.cat((told[:2], untold[2:]))
-        found = output.view(4, N, -1)[:, now]
+        found = h.view(4, N, -1)[:, now]
         assert torch.allclose(found, alone(guess)[:, len(before) :], atol=1e-4)
 
 
@@ -112,7 +115,7 @@ def test_in_training_blocks_begin_anywhere_and_have_times_of_their_own(dit, monk
     def remember(dit, batch, z_0, context, noise, n_guess):
         drawn.append(noise)
         assert n_guess == 2, "half of the rows"
-        return torch.zeros(4 * N), None, None, None
+        return [None]
 
     monkeypatch.setattr(cola, "block_denoising_loss", remember)
     for seed in range(300):
@@ -127,53 +130,29 @@ def test_in_training_blocks_begin_anywhere_and_have_times_of_their_own(dit, monk
     assert eps.std() == pytest.approx(1, abs=0.02)
 
 
-def test_rows_from_the_middle_do_not_teach_how_texts_begin(dit, monkeypatch):
-    """By the gradient of the loss with respect to the loss of each token."""
-    weight = torch.ones(4, N)
-    weight[:2, 0], weight[:, -1] = 0, TAIL_WEIGHT
-    each = torch.ones(4 * N, requires_grad=True)
-    blocks = []
-
-    def remember(dit, batch, z_0, context, noise, n_guess):
-        blocks.append(noise.block)
-        return each, None, None, None
-
-    monkeypatch.setattr(cola, "block_denoising_loss", remember)
-    batch = same_rows(batch_of_texts(), weight=weight)
-    loss = block_flow_loss(dit, batch, torch.randn(4, N, C), generator(1))
-    (gradient,) = torch.autograd.grad(loss, each)
-    n = int((blocks[0] == 0).sum())
-    weight[:2, :n] = 0
-    assert n > 1
-    assert torch.allclose(gradient.view(4, N), weight / weight.sum())
-
-
 def test_the_evaluation_compares_with_contexts_of_rows_that_are_long_enough(vae, dit, monkeypatch):
     """Rows have 12, 11, 10 and 12 tokens. That of the second is from the middle of a text."""
     batch = batch_of_texts()
-    batch.weight[1, 0] = 0
+    batch.weight[1, :b] = 0
     monkeypatch.setattr(cola, "block_denoising_loss", lambda *given, n_guess: given[3])
-    monkeypatch.setattr(cola, "summary", lambda table, *_: table)
-
-    def table_by_time(vae, dit, batch, counted, denoise):
-        return counted, [denoise(torch.tensor(0.5), is_shuffled) for is_shuffled in (False, True)]
-
-    monkeypatch.setattr(cola, "table_by_time", table_by_time)
-    counted, contexts = BlockEvaluation(vae, batch, b, None)(dit)
+    evaluation = BlockEvaluation(batch, C, None)
+    denoise_at = evaluation.denoiser(vae, dit)
     z = vae.latents(batch.tokens, batch.segment)
-    assert torch.equal(contexts[0], z)
-    assert torch.equal(contexts[1], z[[3, 2, 3, 0]])
-    assert counted.sum(1).tolist() == [12, 8, 10, 12], "it begins no text"
+    for is_shuffled, rows in ((False, [0, 1, 2, 3]), (True, [3, 3, 3, 0])):
+        context = denoise_at(torch.tensor(0.5), is_shuffled)
+        assert torch.allclose(context, z[rows], atol=1e-5)
+    assert evaluation.cuts == [6, 5, 5, 6]
 
 
 def test_a_corpus_of_blocks_marks_rows_from_the_middle_and_no_others(home):
     corpus = BlockCorpus(home / "data", "train", 8)
+    corpus.latent_block = b
     rows = corpus.batch(np.random.default_rng(0), 200, 12)
     begins = {tuple(corpus.tokens[i : i + 4]) for i in [0, *corpus.ends[:-1]]}
     is_begin = torch.tensor([tuple(row[:4]) in begins for row in rows.tokens.tolist()])
     is_end = (rows.tokens == corpus.eot).long()
     expected = torch.where(is_end.cumsum(1) > is_end, TAIL_WEIGHT, 1.0)
-    expected[~is_begin, 0] = 0
+    expected[~is_begin, :b] = 0
     assert 0 < is_begin.sum() < 200
     assert torch.equal(rows.weight, expected)
     assert (rows.segment == TARGET).all()
@@ -193,8 +172,8 @@ def test_a_prompt_is_read_as_in_training(vae, dit):
     block = torch.tensor([0, 1, 1, 1, 2, 2, 2, 3, 3, 3])
     batch = same_rows(example_batch(1, 10), tokens=tokens, segment=all_target(1, 10))
     noise = Noise(block, t.expand(1, 4), eps)
-    _, output, _, _ = block_denoising_loss(dit, batch, clean, clean, noise)
-    assert torch.allclose(found[0], output[7:], atol=1e-4)
+    _, _, h, _, _ = block_denoising_loss(dit, batch, clean, clean, noise)
+    assert torch.allclose(found[0], h[7:], atol=1e-4)
 
 
 def test_guidance_is_against_latents_that_are_zero(vae, dit):
@@ -233,7 +212,7 @@ def test_a_document_goes_on_as_if_it_were_the_prompt(vae, monkeypatch, scale, n_
         found.append(read(latents, segment)[:, -b:])
         return F.one_hot(F.pad(written, (latents.shape[1] - b, 0)), V)
 
-    vae.decode = decode
+    vae.decode, vae.to_logits = decode, torch.nn.Identity()
     documents = [[1, 2, 3], [8, 9], []]
     sampling = Sampling(cfg_scale=scale)
     growing = Texts(vae, dit, documents, sampling)
@@ -243,9 +222,9 @@ def test_a_document_goes_on_as_if_it_were_the_prompt(vae, monkeypatch, scale, n_
             written[i, i] = EOT
         for texts in (growing, Texts(vae, dit, documents, sampling)):
             assert torch.equal(texts.next_block(), written)
-        estimate, logits, estimate_again, logits_again = found[-4:]
+        estimate, x, estimate_again, x_again = found[-4:]
         assert torch.allclose(estimate, estimate_again, atol=1e-4)
-        assert torch.allclose(logits, logits_again, atol=1e-3)
+        assert torch.allclose(x, x_again, atol=1e-3)
         for row, block in enumerate(written.tolist()):
             documents[row] = [] if EOT in block else documents[row] + block
 
@@ -282,6 +261,12 @@ def blocks(home, tmp_path_factory):
         train(home, "variants/cola_dlm.py vae", f"--out={folder}", teacher)
         train(home, "variants/cola_dlm.py dit", f"--out={folder}", "--latent_block=4")
     return folder
+
+
+def test_the_script_tells_the_corpus_how_long_a_block_is(home, blocks):
+    options = [*training_options(home), f"--out={blocks}", "--latent_block=2"]
+    stage, *_ = stage_of("variants/cola_dlm.py", "dit", *options)
+    assert stage.corpus.latent_block == 2
 
 
 def test_a_long_text_is_sampled_by_blocks(blocks, capsys):

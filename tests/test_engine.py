@@ -89,7 +89,7 @@ def test_networks_and_optimiser_multiply_in_what_the_hardware_has(
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     seen = set()
-    for place, function in ((engine.muon, orthogonal), (textldm.GPT, textldm.GPT.forward)):
+    for place, function in ((engine.muon, orthogonal), (textldm.MLP, textldm.MLP.forward)):
 
         def remember(*given, function=function):
             result = function(*given)
@@ -176,7 +176,7 @@ def test_an_evaluation_of_a_dit_by_hand(monkeypatch, drop, scale):
         assert n_guess == 2 and eps.shape == z.shape
         z_t = (1 - t[0]) * z.flatten(0, 1)[batch.targets] + t[0] * 0.5
         loss = torch.tensor([2.0, 50.0, 4.0]) + z[0, 0] + 10 * z[1, 0]
-        return loss, None, z_t, t[0].expand(3, 1)
+        return None, loss, None, z_t, t[0].expand(3, 1)
 
     def write(vae, dit, prompts, length, sampling):
         assert (length, sampling.cfg_scale, sampling.temperature) == (1, scale, 0.7)
@@ -185,7 +185,7 @@ def test_an_evaluation_of_a_dit_by_hand(monkeypatch, drop, scale):
     monkeypatch.setattr(engine.evaluation, "denoising_loss", denoise)
     monkeypatch.setattr(engine.evaluation, "continue_texts", write)
     dit = SimpleNamespace(config=DiTConfig(context_drop=drop))
-    dit.estimate = lambda output, z_t, t: torch.tensor([[2.1], [2.2], [7.0]])
+    dit.estimate = lambda h, z_t, t: torch.tensor([[2.1], [2.2], [7.0]])
     encoding = SimpleNamespace(decode=lambda ids: "".join(map(str, ids)))
     corpus = SimpleNamespace(N=3, encoding=encoding, eot=9)
     numbers, text = Evaluation(batch, 1, corpus)(Places(), dit)
@@ -203,14 +203,18 @@ def test_an_evaluation_of_a_dit_by_hand(monkeypatch, drop, scale):
 
 
 def test_an_evaluation_of_a_vae_is_a_mean_over_its_batches():
-    def measure(batch, features, beta):
-        value = torch.tensor(batch * beta + features)
-        return dict(loss=value, accuracy=value, kl=-value, cos=value)
+    def vae(batch, features, beta):
+        return dict(loss=features + beta, kl=-features, cos=features)
 
-    measure.config = VAEConfig(beta=0.5, channels=8)
-    numbers, text = evaluate_vae(measure, [1, 3], lambda batch: 10 * batch, 5)
-    assert numbers == dict(loss=21, accuracy=21, kl=-21, cos=21, active=5)
-    assert "KL -21.0 nats per token, 5 of 8 channels active" in text
+    vae.config = VAEConfig(beta=0.5, channels=8)
+    vae.latents = lambda tokens, segment: 2 * tokens
+    vae.to_tokens = lambda z, segment: (z / 2).clamp(max=1)
+    weight = torch.tensor([[1, 1, 1, 0.1]])
+    tokens = torch.tensor([[[0, 1, 2, 2]], [[0, 1, 1, 1]]])  # of the first, two of three are right
+    batches = [make_batch(x, torch.ones_like(x), weight) for x in tokens]
+    numbers, text = evaluate_vae(vae, batches, lambda batch: batch.tokens.sum(), 5)
+    assert numbers == dict(loss=4.5, accuracy=pytest.approx(5 / 6), kl=-4, cos=4, active=5)
+    assert "accuracy 0.8333, KL -4.0 nats per token, 5 of 8 channels active" in text
 
 
 def test_the_vae_is_given_beta_by_step_and_measures_training_rows(home, tmp_path, monkeypatch):

@@ -49,7 +49,6 @@ from textldm import (
     row_seeds,
     same_segment,
     texts_of,
-    weighted_mean,
 )
 from train_dit import DiTStage, fit, make_dit
 from train_vae import train_vae, weight_of
@@ -148,7 +147,7 @@ class ColaDiT(TextDiT):
         for i, block in enumerate(self.transformer.h):
             h = self.through_block(i, block, h, time_emb, layout)
         h = self.transformer.ln_f(h)
-        return self.output(h, places)
+        return h if places is None else h.flatten(0, 1).index_select(0, places)
 
     def turn(self, position):
         return rotary(position, self.transformer.D)
@@ -216,13 +215,12 @@ def block_denoising_loss(dit, batch, z_0, context, noise, n_guess=0):
         n = n_guess
         with torch.no_grad():
             first = places[: n * N]
-            output = dit(x[:n], segment[:n], t[:n], None, layout, places=first)
-            output = output.view(n, N, -1)
-            guess[:n, N:] = dit.estimate(output, z_t[:n], t_of[:n])
-    output = dit(x, segment, t, guess, layout, places=places)  # (T, V) or (T, C)
-    of_rows = (batch.tokens, z_0, noise.eps, z_t, t_of)
-    tokens, z_0, eps, z_t, t_of = map(batch.at_targets, of_rows)
-    return dit.loss(output, tokens, z_0, eps), output, z_t, t_of
+            h = dit(x[:n], segment[:n], t[:n], None, layout, places=first).view(n, N, -1)
+            guess[:n, N:] = dit.estimate(h, z_t[:n], t_of[:n])
+    h = dit(x, segment, t, guess, layout, places=places)  # (T, E)
+    of_rows = batch.tokens, batch.weight, z_0, noise.eps, z_t, t_of
+    tokens, weight, z_0, eps, z_t, t_of = map(batch.at_targets, of_rows)
+    return *dit.loss(h, tokens, z_0, eps, weight), h, z_t, t_of
 
 
 def block_flow_loss(dit, batch, z_0, generator):
@@ -240,8 +238,7 @@ def block_flow_loss(dit, batch, z_0, generator):
     context = z_0.masked_fill(is_dropped[:, None, None], 0)
     noise = Noise(block, t, eps)
     n_guess = (B + generator.initial_seed() % 2) // 2
-    loss, _, _, _ = block_denoising_loss(dit, batch, z_0, context, noise, n_guess)
-    return weighted_mean(loss, batch.at_targets(batch.weight))
+    return block_denoising_loss(dit, batch, z_0, context, noise, n_guess)[0]
 
 
 # ---- The sampler ---------------------------------------------------------------------------------
@@ -253,7 +250,7 @@ class AtPlace:
 
     def __init__(self, dit, layout):
         self.dit, self.layout, self.config = dit, layout, dit.config
-        self.times, self.estimate = dit.times, dit.estimate
+        self.times, self.estimate, self.to_output = dit.times, dit.estimate, dit.to_output
 
     def __call__(self, x, segment, t, guess, mask):
         return self.dit(x, segment, t[:, None], guess, self.layout)

@@ -42,6 +42,7 @@ from textldm import (
     TextDiT,
     Transformer,
     TransformerConfig,
+    by_chunks,
     continue_texts,
     cross_entropy,
     denoising_loss,
@@ -86,10 +87,13 @@ class Coder(nn.Module):
         self.last = nn.Linear(config.n_embd, n_out)
         init_weights(self)
 
+    def hidden(self, x, segment):
+        """(B, N, n_in) -> what `last` reads (B, N, E)"""
+        return self.transformer(self.first(x).float(), same_segment(segment))
+
     def forward(self, x, segment):
         """(B, N, n_in) -> (B, N, n_out)"""
-        x = self.first(x).float()
-        return self.last(self.transformer(x, same_segment(segment))).float()
+        return self.last(self.hidden(x, segment)).float()
 
 
 class LatentDiT(TextDiT):
@@ -100,11 +104,12 @@ class LatentDiT(TextDiT):
         # Running means of the loss at 64 even times from 0 to 1, for adaptive times.
         self.register_buffer("loss_at", torch.zeros(64))
 
-    def loss(self, output, tokens, z_0, eps):
-        return (output - z_0).square().mean(-1)
+    def loss(self, h, tokens, z_0, eps, weight):
+        losses = (self.to_output(h).float() - z_0).square().mean(-1)
+        return weighted_mean(losses, weight), losses.detach()
 
-    def estimate(self, output, z_t, t, temperature=1.0):
-        return output
+    def estimate(self, h, z_t, t, temperature=1.0):
+        return self.to_output(h).float()
 
     def update_loss_at(self, loss, t, weight):
         """Takes the losses, times and weights (T,) of a batch into the running means."""
@@ -169,7 +174,8 @@ class LDLM(nn.Module):
 
     def to_tokens(self, z, segment):
         """Latents z (B, N, C) -> the likeliest tokens (B, N)."""
-        return self.token_decoder(self.decoder(z, segment), segment).argmax(-1)
+        x = self.token_decoder.hidden(self.decoder(z, segment), segment)  # (B, N, E)
+        return by_chunks(lambda x: self.token_decoder.last(x).argmax(-1), x)
 
 
 def latent_loss(dit, batch, z_0, generator):
@@ -181,10 +187,9 @@ def latent_loss(dit, batch, z_0, generator):
     is_hidden = (u[1] < dit.config.context_drop)[:, None] & (batch.segment == CONTEXT)  # (B, N)
     z_0 = z_0.masked_fill(is_hidden[..., None], 0)
     n_guess = (B + generator.initial_seed() % 2) // 2
-    loss, _, _, t_of = denoising_loss(dit, batch, z_0, t, eps, n_guess)
-    weight = batch.at_targets(batch.weight)  # (T,)
-    dit.update_loss_at(loss.detach(), t_of[:, 0], weight)
-    return weighted_mean(loss, weight)
+    loss, losses, _, _, t_of = denoising_loss(dit, batch, z_0, t, eps, n_guess)
+    dit.update_loss_at(losses, t_of[:, 0], batch.at_targets(batch.weight))
+    return loss
 
 
 def joint_loss(ldlm, batch, step, generator):
@@ -206,11 +211,11 @@ def joint_loss(ldlm, batch, step, generator):
     # With the squared error the tokens' loss stays out of the decoder: near a latent all stays
     # readable.
     seen = decoded.detach() if config.hidden_mse else decoded
-    logits = ldlm.token_decoder(seen, batch.segment)  # (B, N, V)
+    read = ldlm.token_decoder.hidden(seen, batch.segment)  # (B, N, E)
     hidden_loss = weighted_mean((decoded - hidden).square().mean(-1), batch.weight)
     if not config.hidden_mse:
         hidden_loss = 0 * hidden_loss
-    word = weighted_mean(cross_entropy(logits, batch.tokens), batch.weight)
+    word, _ = cross_entropy(read, ldlm.token_decoder.last, batch.tokens, batch.weight)
     loss = diffusion + hidden_loss + word
     return dict(diffusion=diffusion, hidden=hidden_loss, word=word, loss=loss)
 
@@ -219,7 +224,7 @@ def entropy_of(tokens):
     """The entropy, in nats, of the frequencies of a list of ids."""
     p = torch.tensor(tokens).bincount().float()
     p = p / p.sum()
-    return -p.xlogy(p).sum().item()
+    return p.xlogy(p).sum().abs().item()  # not -0
 
 
 @torch.no_grad()

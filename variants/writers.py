@@ -216,8 +216,8 @@ class InLogits:
     def __call__(self, *given):
         return self.dit(*given)
 
-    def estimate(self, output, z, t, temperature):
-        return output.log_softmax(-1)
+    def estimate(self, h, z, t, temperature):
+        return self.dit.to_output(h).float().log_softmax(-1)
 
 
 def diffusion_writer(kind, vae, dit, tokenizer):
