@@ -17,7 +17,7 @@ Rows     A row is a context, then the target that continues it. `segment` tells 
 Shapes   B rows in a batch     N tokens in a row       V tokens in the vocabulary
          E width of a network  H attention heads       D width of a head, E / H
          C channels of a latent    T target tokens in the whole batch
-Time     t = 1 is noise and t = 0 is data. The path between them is straight:
+Time     t = 1 is noise (eps) and t = 0 is data. The path between them is straight:
          z_t = (1 - t) z_0 + t eps. Its velocity is dz_t/dt = eps - z_0.
 Latents  TextVAE computes with raw ones. Its method `latents` returns, and `to_tokens` takes,
          standardised ones: active channels have mean 0 and std 1. All other code sees only those.
@@ -63,7 +63,8 @@ OURS = dict(
 
 CONTEXT, TARGET, PADDING = 0, 1, 2  # values of `segment`; only sampling needs padding
 # unspecified: the weight of a token of the tail in the losses. (The first end-of-text is no tail.)
-# Tails would outnumber the text. This makes P(end of text) too low, as docs/deviations.md says.
+# With 1 tails would outnumber the text. The low weight makes P(end of text) too low, and
+# docs/deviations.md says by how much.
 TAIL_WEIGHT = 0.1
 
 
@@ -121,8 +122,8 @@ def rotary(position, D):
 
 
 def rotate(x, turn):
-    """Turns pairs of the D numbers of x (..., N, D) by the angles of `rotary`. So the product of a
-    query and a key sees the difference of their positions."""
+    """Turns pairs (i, i + D/2) of the D numbers of x (..., N, D) by the angles of `rotary`. So the
+    product of a query and a key sees the difference of their positions."""
     cos, sin = turn
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
@@ -193,8 +194,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Blocks with rotary positions, and a last norm: encoder, decoder, core of the DiT. So unlike
-    [DiT]'s the norms have weights, and the last one is not told the time."""
+    """Blocks with rotary positions, and a last norm: encoder, decoder, core of the DiT. So
+    unlike [DiT]'s the DiT's norms have weights, and the last one is not told the time."""
 
     def __init__(self, config, adaln=False):
         super().__init__()
@@ -225,69 +226,6 @@ def init_weights(model):
 
 def weighted_mean(x, weight):
     return (x * weight).sum() / weight.sum().clamp(min=1e-9)
-
-
-def chunk_of(h):
-    """How many tokens get their logits at once: a GPU's memory could not hold those of all, and a
-    CPU's cache holds these."""
-    return 64 if h.device.type == "cpu" else 1024
-
-
-class CrossEntropy(torch.autograd.Function):
-    """The sum of `weight` times the cross-entropy of T tokens, whose logits are h matrix^T + bias,
-    and each token's. Each chunk's gradients are computed beside its losses."""
-
-    @staticmethod
-    def forward(ctx, h, matrix, bias, tokens, weight, has_gradient):
-        chunk = chunk_of(h)
-        losses = []
-        gradients = [torch.zeros_like(x, dtype=torch.float32) for x in (h, matrix, bias)]
-        dtype = F.linear(h[:1], matrix).dtype  # autocast's, where it is on
-        h, matrix = h.to(dtype), matrix.to(dtype)
-        ctx.save_for_backward(*gradients)
-        d_h, d_matrix, d_bias = gradients
-        parts = zip(*(x.split(chunk) for x in (h, tokens[:, None], weight[:, None], d_h)))
-        for x, token, w, d_x in parts:
-            logits = F.linear(x, matrix, bias).float()  # (chunk, V)
-            logits -= logits.amax(-1, keepdim=True)
-            at_token = logits.gather(-1, token)
-            p = logits.exp_()
-            total = p.sum(-1, keepdim=True)
-            losses.append(total.log() - at_token)
-            if has_gradient:  # that of the logits is w (p / total - 1 at the token)
-                p.mul_(w / total).scatter_add_(-1, token, -w)
-                d_x += p @ matrix
-                d_matrix += p.T @ x
-                d_bias += p.sum(0)
-        losses = torch.cat(losses)[:, 0]
-        ctx.mark_non_differentiable(losses)
-        return (losses * weight).sum(), losses
-
-    @staticmethod
-    def backward(ctx, d_loss, _):
-        return *(d_loss * x for x in ctx.saved_tensors), None, None, None
-
-
-def cross_entropy(h, layer, tokens, weight):
-    """h (..., E), a layer to logits, or an embedding, tokens and weight (...) -> the mean loss by
-    weight, in nats, and the loss of each token (...), which has no gradient."""
-    matrix = layer.weight  # (V, E)
-    bias = getattr(layer, "bias", None)  # (V,)
-    if bias is None:
-        bias = matrix.new_zeros(len(matrix))
-    more = -len(matrix) % 64  # a GPU is slow at odd sizes, as GPT-2's 50,257
-    matrix = F.pad(matrix, (0, 0, 0, more))
-    bias = F.pad(bias, (0, more), value=-torch.inf)  # p is 0 there
-    share = weight / weight.sum().clamp(min=1e-9)
-    flat = h.flatten(0, -2), matrix, bias, tokens.flatten(), share.flatten()
-    loss, losses = CrossEntropy.apply(*flat, torch.is_grad_enabled())
-    return loss, losses.view(tokens.shape)
-
-
-def by_chunks(f, h):
-    """f(h) for h (..., E), where f makes logits."""
-    y = torch.cat([f(x) for x in h.flatten(0, -2).split(chunk_of(h))])
-    return y.view(*h.shape[:-1], *y.shape[1:])
 
 
 # ---- 2. GPT: the frozen teacher of REPA, and the autoregressive baseline -------------------------
@@ -432,7 +370,7 @@ class TextVAE(nn.Module):
     def standardise(self, batches):
         """Measures mean and std of each channel over counted tokens of batches. Returns the number
         of active channels: their mu has a variance above 0.01. The others carry nothing. They are
-        not rescaled: a tiny std would blow up their noise."""
+        centred, but not rescaled: the DiT would have to learn what means nothing."""
         found = [self.posterior(b.tokens, b.segment)[0][b.counted] for b in batches]
         mu = torch.cat(found).cpu().double()  # (tokens, C)
         is_active = mu.var(0) > 0.01  # (C,)
@@ -484,7 +422,7 @@ class TextDiT(nn.Module):
         self.transformer = Transformer(config, config.adaln)
         self.to_output = nn.Linear(E, V if config.predict_tokens else C)
         if config.predict_tokens:
-            # E[z_0 | token], in training data. train_dit.py measures it.
+            # (V, C): the expectation E[z_0 | token], in training data. train_dit.py measures it.
             self.register_buffer("latent_of", torch.zeros(V, C))
         init_weights(self)
         nn.init.zeros_(self.to_output.weight)  # v is 0, p(token) uniform
@@ -518,8 +456,8 @@ class TextDiT(nn.Module):
         return h if places is None else h.flatten(0, 1).index_select(0, places)
 
     def loss(self, h, tokens, z_0, eps, weight):
-        """The mean loss by weight (T,), and that of each target (T,), which has no gradient. Of
-        targets are h (T, E), their tokens (T,), z_0 and eps (T, C)."""
+        """The mean loss by weight, and the loss of each target (T,), which has no gradient. All
+        arguments are of targets: h (T, E), z_0 and eps (T, C), tokens and weight (T,)."""
         if self.config.predict_tokens:  # ours: p(token | z_t, context), in nats; see `estimate`
             return cross_entropy(h, self.to_output, tokens, weight)
         v = self.to_output(h).float()  # (T, C): the paper's objective (Eq. 5)
@@ -580,7 +518,7 @@ def flow_loss(dit, batch, z_0, generator):
     t = dit.times(u[0])  # (B,)
     is_hidden = (u[1] < dit.config.context_drop)[:, None] & (batch.segment == CONTEXT)  # (B, N)
     z_0 = z_0.masked_fill(is_hidden[..., None], 0)
-    n_guess = (B + generator.initial_seed() % 2) // 2  # half of the rows; of one: at random
+    n_guess = (B + generator.initial_seed() % 2) // 2  # half, at random if B is odd
     return denoising_loss(dit, batch, z_0, t, eps, n_guess)[0]
 
 
@@ -597,9 +535,9 @@ def guided_estimate(dit, z, t, guess, segment, sampling):
     """Classifier-free guidance [CFG]: e_u + w (e_c - e_u), where e_c (B, N, C) is the estimate of
     z_0 with context and e_u the one without, for rows z (B, N, C) at a scalar time t. (The w of
     [CFG] is one less.) The velocity is affine in the estimate, so this guides it.
-    Ours, where the DiT predicts tokens: e_u gets zeros for its guess [ELF]. So w scales what the
-    guess adds, too, also in a row without a prompt. Where it does not, both get the guess: such
-    estimates (LDLM's) are unbounded, and would run away."""
+    Ours: if the DiT predicts tokens, e_u gets zeros for its guess [ELF], so that w also amplifies
+    what the guess adds, even in a row without a prompt. Otherwise both get the guess, because
+    estimates that nothing bounds would run away."""
     w = sampling.cfg_scale
     is_guided = w != 1
     if is_guided:  # the second copy of the rows has no context
@@ -620,9 +558,9 @@ def guided_estimate(dit, z, t, guess, segment, sampling):
 def denoise(dit, z, segment, sampling, callback=None):
     """Euler's method from t = 1 to t = 0. z (B, N, C) holds the latents of the context and noise
     for the target. Returns z with the latents of the target.
-    With v = eps - guess a step is z + (t_next - t) v. At t_next = 0 it gives the guess exactly. The
-    estimate is the next step's guess. (In training a guess is not guided, and is of the same t.)
-    callback(t_next, guess) sees it, and the time that the step reaches."""
+    A step is z + (t_next - t) v, written so that t_next = 0 gives the guess exactly. The estimate
+    is the next step's guess. (In training a guess is not guided, and is of the same t.)
+    callback(t_next, guess) gets it, and the time that the step reaches."""
     u = torch.linspace(1, 0, sampling.steps + 1)
     times = dit.times(u).to(z.device)  # (steps + 1,)
     is_target = (segment == TARGET)[..., None]
@@ -662,7 +600,7 @@ def texts_of(tokens, segment, end_of_text):
 
 def row_seeds(prompts, seed):
     """A seed for each row: a hash of `seed`, its prompt, and how many equal prompts stand before
-    it. So a text does not depend on other prompts. `seed` may be a list, with one for each row."""
+    it. So other prompts do not change a text. `seed` may be a list, with one for each row."""
     if not isinstance(seed, int):
         return list(seed)
     seeds = []
@@ -694,8 +632,9 @@ def noisy_rows(vae, dit, prompts, length=0, sampling=Sampling()):
 
 @torch.no_grad()
 def continue_texts(vae, dit, prompts, length=0, sampling=Sampling(), callback=None):
-    """Continues each prompt (a list of ids, maybe empty) by up to `length` tokens, or to the end of
-    a row of block_size. Returns lists of ids, with the end-of-text token where a text ended.
+    """Continues each prompt (a list of ids, maybe empty) by up to `length` tokens; if it is 0, to
+    the end of a row of block_size, in which the prompt must leave room. Returns lists of ids, with
+    the end-of-text token where a text ended.
     callback(t, texts) sees what the estimate of each step decodes to; see `denoise`."""
     z, segment = noisy_rows(vae, dit, prompts, length, sampling)  # (B, N, C), (B, N)
 
@@ -707,3 +646,72 @@ def continue_texts(vae, dit, prompts, length=0, sampling=Sampling(), callback=No
 
     z = denoise(dit, z, segment, sampling, show if callback else None)
     return decode(z)
+
+
+# ---- 6. Logits of a chunk of tokens at a time ----------------------------------------------------
+
+def chunk_of(h):
+    """How many tokens get their logits at once. A GPU's memory cannot hold those of all, and a
+    CPU's cache holds these."""
+    return 64 if h.device.type == "cpu" else 1024
+
+
+def by_chunks(f, h):
+    """f(h) for h (..., E), where f makes logits on its way."""
+    y = torch.cat([f(x) for x in h.flatten(0, -2).split(chunk_of(h))])
+    return y.view(*h.shape[:-1], *y.shape[1:])
+
+
+def cross_entropy(h, layer, tokens, weight):
+    """h (..., E), a layer to logits or an embedding, tokens and weight (...) -> the mean loss by
+    weight, in nats, and the loss of each token (...), which has no gradient."""
+    matrix = layer.weight  # (V, E)
+    bias = getattr(layer, "bias", None)  # (V,)
+    if bias is None:
+        bias = matrix.new_zeros(len(matrix))
+    more = -len(matrix) % 64  # a GPU is slow at odd sizes, as GPT-2's 50,257
+    matrix = F.pad(matrix, (0, 0, 0, more))
+    bias = F.pad(bias, (0, more), value=-torch.inf)  # p is 0 there
+    share = weight.float() / weight.sum().clamp(min=1e-9)
+    flat = h.flatten(0, -2), matrix, bias, tokens.flatten(), share.flatten()
+    # Inside of its forward gradients are off, so it cannot ask whether they are wanted.
+    loss, losses = CrossEntropy.apply(*flat, torch.is_grad_enabled())
+    return loss, losses.view(tokens.shape)
+
+
+class CrossEntropy(torch.autograd.Function):
+    """h (T, E), matrix (V, E), bias (V,), tokens and weight (T,) -> the weighted sum of the
+    cross-entropies of tokens with logits h matrix^T + bias, and each of them (T,). Autograd would
+    keep all logits (T, V) for the backward pass. Here a chunk's logits give its gradients at once
+    and are dropped. The backward pass scales these."""
+
+    @staticmethod
+    def forward(ctx, h, matrix, bias, tokens, weight, has_gradient):
+        chunk = chunk_of(h)
+        losses = []
+        d_h, d_matrix, d_bias = (torch.zeros_like(x).float() for x in (h, matrix, bias))
+        dtype = F.linear(h[:1], matrix).dtype  # of products: autocast's, where it is on
+        h, matrix = h.to(dtype), matrix.to(dtype)
+        parts = zip(*(x.split(chunk) for x in (h, tokens[:, None], weight[:, None], d_h)))
+        for x, token, w, d_x in parts:
+            logits = F.linear(x, matrix, bias).float()  # (chunk, V)
+            logits -= logits.amax(-1, keepdim=True)
+            at_token = logits.gather(-1, token)
+            p = logits.exp_()
+            total = p.sum(-1, keepdim=True)
+            losses.append(total.log() - at_token)
+            if has_gradient:  # that of the logits is w (p / total - 1 at the token)
+                p.mul_(w / total).scatter_add_(-1, token, -w)
+                d_bias += p.sum(0)
+                p = p.to(dtype)
+                d_x += p @ matrix
+                d_matrix += p.T @ x
+        losses = torch.cat(losses)[:, 0]
+        ctx.save_for_backward(d_h, d_matrix, d_bias)
+        ctx.mark_non_differentiable(losses)
+        return (losses * weight).sum(), losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_loss, _):
+        return *(d_loss * x for x in ctx.saved_tensors), None, None, None

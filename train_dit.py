@@ -3,10 +3,10 @@
     python train_dit.py                                  # the embedded names, after train_vae.py
     python train_dit.py --data=data/owt2 --preset=small --out=out/owt2
 
-Watch the table by t, over validation rows:
-    loss       nats per token, or the squared error of the velocity. As in training, but here all
-               rows get a guess and tails do not count. The mean over the nine t, which are even,
-               chooses the best checkpoint
+Watch the table by t, over validation rows (t = 1 is noise):
+    loss       nats per token, or the squared error of the velocity. It is what training minimises,
+               but each row is told its estimate of a first pass (in training half are), and tails
+               do not count. Its mean over the nine t chooses the best checkpoint
     shuffled   the same, with contexts of other rows. It equals `loss` if the DiT ignores its
                context
     noisy      share of tokens that decode right from the noisy latents, z_t / (1 - t)

@@ -34,7 +34,7 @@ def weight_of(batch):
 
 
 def train_vae(description, corpus_type, vae_type, kind):
-    """Trains a VAE of a kind on rows of a corpus of that type."""
+    """Trains a VAE of a kind on rows of a corpus of that type; variants/cola_dlm.py has others."""
     config, cfg, options = command_line(
         description, VAEConfig, TrainConfig, VAEStage, presets=VAE_PRESETS, recipe=OURS
     )
@@ -46,9 +46,9 @@ def train_vae(description, corpus_type, vae_type, kind):
     if options.teacher != "none":
         state = load_teacher_state(options.teacher or f"{cfg.out}/gpt.pt", corpus)
         teacher = build(GPT, TransformerConfig, state).to(device).requires_grad_(False)
-        # The teacher has a position for each token of a row and for its end-of-text token.
+        # The teacher reads an end-of-text token before a row, so it needs one position more.
         shorten_rows((corpus, val), teacher.config.block_size - 1, "the teacher")
-        weights = teacher.wte.weight.cpu().numpy().tobytes()
+        weights = teacher.wte.weight.cpu().numpy().tobytes()  # --resume must have the same teacher
         identity["teacher"] = hashlib.sha256(weights).hexdigest()
     config.block_size = corpus.N
     config.vocab_size = corpus.meta["vocab_size"]
@@ -73,7 +73,7 @@ def train_vae(description, corpus_type, vae_type, kind):
         return net(batch, features_of(batch), beta, generator)
 
     def evaluate(vae):
-        active = vae.standardise(training_sample)  # of the weights as they are now
+        active = vae.standardise(training_sample)  # sets z_mean and z_std, which are kept with it
         return evaluate_vae(vae, val_batches, features_of, active)
 
     train(Stage("vae", cfg, corpus, vae, identity), loss_of, weight_of, evaluate)

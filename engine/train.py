@@ -1,8 +1,8 @@
 """The training loop of all stages, and after it what it is made of.
 
-A script builds a Stage and states its loss. All randomness comes from (seed, step, micro-batch), so
-there is no state of it to save. Under torchrun K processes of A micro-batches each compute what one
-process with K A micro-batches computes.
+A script builds a Stage and states its loss. All randomness of a step comes from (seed, step,
+micro-batch), so there is no state of it to save. Under torchrun K processes of A micro-batches each
+compute what one process with K A micro-batches computes.
 """
 
 import copy
@@ -36,8 +36,9 @@ def train(stage, loss_of, weight_of, evaluate):
     step and its evaluation finish, and the run is saved.
 
     loss_of(net, batch, generator, step) returns a dict of scalars. "loss", which is minimised, is a
-    weighted mean over tokens. weight_of(batch) is the sum of these weights. So micro-batches, and
-    processes, are joined to the mean over all of their tokens.
+    mean over tokens by their weights. weight_of(batch) is the sum of these weights. Micro-batches
+    count by their shares of that sum, so a step's loss is the mean over all of its tokens. (Other
+    scalars are joined alike, though the VAE's terms are means over counted tokens.)
     evaluate(average) returns a dict of numbers of validation data, with "loss", and a text to show.
     average: the average of the model's weights, or the model itself where a stage has none.
 
@@ -49,7 +50,6 @@ def train(stage, loss_of, weight_of, evaluate):
     while run.step < cfg.max_steps and not run.is_stopped():
         rate = learning_rate(cfg, run.step, run.horizon)
         report = {}
-        # share: of this micro-batch in the weight of all that all processes take in this step
         for batch, share, generator in run.micro_batches(weight_of):
             with run.autocast:
                 losses = loss_of(net, batch, generator, run.step)
@@ -68,7 +68,7 @@ def train(stage, loss_of, weight_of, evaluate):
             update_average(average, model, run.step)
         run.end_step(report, norm, rate)
         is_last = run.step == cfg.max_steps
-        # Meanwhile other processes wait at is_stopped.
+        # Other processes wait for this one in their next is_stopped().
         if run.rank == 0 and (is_last or run.step % cfg.eval_interval == 0):
             with run.autocast:
                 numbers, text = evaluate(average)
@@ -138,7 +138,7 @@ def recompute_blocks(model):
 
 def require_finite(norm, report, step):
     """Raises UserError before a step that would spoil the weights. norm: of the gradient. The CPU
-    waits for a GPU here. (In other places only torchrun's sums and lines of metrics make it.)"""
+    waits for a GPU here; elsewhere only torchrun's sums, lines of metrics and evaluations do so."""
     if math.isfinite(norm):
         return
     terms = [name for name, value in report.items() if not value.isfinite()]
@@ -187,7 +187,7 @@ class Run:
     """The steps that are done, their files and messages, and the data of the next.
 
     step        the number of steps that are done
-    horizon     the step where the learning rate ends
+    horizon     max_steps of the first run; more steps with --resume keep its last rate
     best        the lowest validation loss
     kept_step   the step of NAME.pt
     """
@@ -298,7 +298,8 @@ class Run:
         total = self.sum(sum(weights))
         for (batch, generator), weight in zip(batches, weights):
             yield to_device(batch, self.device), weight / total, generator
-        self.ahead = self.draw(self.step + 1)  # while a GPU still works on this step
+        # Runs when the loop asks for one more, while a GPU still works on the last one.
+        self.ahead = self.draw(self.step + 1)
 
     def draw(self, step):
         """The micro-batches of a step that are this process's."""
@@ -308,7 +309,7 @@ class Run:
             rng = np.random.default_rng((self.cfg.seed, step, micro))
             generator = torch.Generator(self.device).manual_seed(int(rng.integers(2**62)))
             # deviation: the paper truncates rows at random. Here the rows of a micro-batch share
-            # one random length.
+            # one random length, of 4/8 to 8/8 of N.
             N = max(self.corpus.N * int(rng.integers(4, 9)) // 8, 2)
             batches.append((self.corpus.batch(rng, self.cfg.batch_size, N), generator))
         return batches
