@@ -113,7 +113,8 @@ def first_logits(model, prompts):
     tokens, segment = rows_of(prompts, 0, config.block_size, config.end_of_text)  # (B, N) each
     device = model.wte.weight.device
     h = model(tokens.to(device), (segment == TARGET).to(device))  # (B, N, E)
-    return model.to_logits(h[range(len(prompts)), [len(prompt) for prompt in prompts]])
+    h = h[range(len(prompts)), [len(prompt) for prompt in prompts]]  # (B, E)
+    return model.to_logits(h).float()
 
 
 @torch.no_grad()

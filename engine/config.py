@@ -133,7 +133,8 @@ def command_line(description, *config_types, presets=None, recipe=None):
     options = [f for t in config_types for f in fields(t) if f.metadata]
     for f in options:
         default = presets["tiny"].get(f.name, recipe.get(f.name, f.default))
-        text = f"{f.metadata['help']} ({default})".replace("%", "%%")
+        text = f.metadata["help"] + (f" ({default})" if default != "" else "")
+        text = text.replace("%", "%%")
         if f.type is bool:
             action = argparse.BooleanOptionalAction
             parser.add_argument(f"--{f.name}", help=text, default=argparse.SUPPRESS, action=action)
