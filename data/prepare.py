@@ -17,7 +17,8 @@ Each .bin file is an array of token ids: uint16, or uint32 if the vocabulary nee
 end-of-text token follows each document.
 
 A hash of its text decides whether a document belongs to train or to val, so the order of the
-documents has no influence. If the first 100 million characters hold few, the end of all is val.
+documents has no influence. If the first 100 million characters hold less than 100 documents, the
+end of all is val.
 """
 
 import argparse
