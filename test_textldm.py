@@ -23,8 +23,8 @@ import textldm
 from textldm import CONTEXT, GPT, OURS, PADDING, TAIL_WEIGHT, TARGET, Attention, Batch, Block
 from textldm import DiTConfig, Sampling, TextDiT, TextVAE, Transformer, TransformerConfig, VAEConfig
 from textldm import continue_texts, cross_entropy, denoise, denoising_loss, flow_loss
-from textldm import guided_estimate, make_batch, noisy_rows, rotary, rotate, row_seeds, rows_of
-from textldm import teacher_features, texts_of, weighted_mean
+from textldm import guided_estimate, make_batch, noisy_rows, rotary, rotate, row_generators
+from textldm import row_seeds, rows_of, teacher_features, texts_of, weighted_mean
 
 V = 50  # tokens in the vocabulary
 EOT = V - 1
@@ -545,14 +545,14 @@ def test_a_sample_starts_from_the_encoded_prompt_and_noise_of_its_seed(vae, dit)
     vae.standardise([example_batch()])
     prompts = [[1, 2, 3], [4], []]
     assert not vae.z_std.requires_grad
-    z, segment = noisy_rows(vae, dit, prompts, 5, Sampling(seed=8))
+    z, segment = noisy_rows(vae, dit, prompts, 5, row_generators(prompts, 8))
     for prompt, row, kind, seed in zip(prompts, z, segment, row_seeds(prompts, 8)):
         assert torch.equal(row[kind == TARGET], torch.randn(5, C, generator=generator(seed)))
         alone = torch.tensor([prompt], dtype=torch.long)
         z_alone = vae.latents(alone, torch.zeros_like(alone))[0]
         assert torch.allclose(row[kind == CONTEXT], z_alone, atol=1e-5)
     with pytest.raises(ValueError):
-        noisy_rows(vae, dit, prompts, 5, Sampling(seed=[8, 8]))
+        noisy_rows(vae, dit, prompts, 5, row_generators(prompts, [8, 8]))
 
 
 def test_same_seed_same_text_whatever_the_neighbours(vae, dit):

@@ -613,17 +613,20 @@ def row_seeds(prompts, seed):
     return seeds
 
 
-def noisy_rows(vae, dit, prompts, length=0, sampling=Sampling()):
+def row_generators(prompts, seed):
+    """A CPU generator for each row, so neither the device nor other rows change its noise."""
+    return [torch.Generator().manual_seed(s) for s in row_seeds(prompts, seed)]
+
+
+def noisy_rows(vae, dit, prompts, length, generators):
     """What the sampler starts from: z (B, N, C), the latents of the prompts and noise for what
-    follows them, and the segment (B, N). The noise of a row is from a CPU generator of its own, so
-    neither the device nor other rows change it."""
+    follows them, and the segment (B, N)."""
     config, device = dit.config, dit.from_latent.weight.device
     rows = rows_of(prompts, length, config.block_size, config.end_of_text)
     tokens, segment = (x.to(device) for x in rows)  # (B, N) each
     is_target = segment == TARGET
     eps = []
-    for n, seed in zip(is_target.sum(1), row_seeds(prompts, sampling.seed), strict=True):
-        generator = torch.Generator().manual_seed(seed)
+    for n, generator in zip(is_target.sum(1), generators, strict=True):
         eps.append(torch.randn(int(n), config.channels, generator=generator))
     z = vae.latents(tokens, segment)  # (B, N, C)
     z[is_target] = torch.cat(eps).to(z)
@@ -636,7 +639,8 @@ def continue_texts(vae, dit, prompts, length=0, sampling=Sampling(), callback=No
     the end of a row of block_size, in which the prompt must leave room. Returns lists of ids, with
     the end-of-text token where a text ended.
     callback(t, texts) sees what the estimate of each step decodes to; see `denoise`."""
-    z, segment = noisy_rows(vae, dit, prompts, length, sampling)  # (B, N, C), (B, N)
+    generators = row_generators(prompts, sampling.seed)
+    z, segment = noisy_rows(vae, dit, prompts, length, generators)  # (B, N, C), (B, N)
 
     def decode(z):
         return texts_of(vae.to_tokens(z, segment), segment, dit.config.end_of_text)

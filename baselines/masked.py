@@ -28,7 +28,7 @@ from textldm import (
     TransformerConfig,
     cross_entropy,
     init_weights,
-    row_seeds,
+    row_generators,
     rows_of,
     texts_of,
     weighted_mean,
@@ -78,8 +78,7 @@ def unmask(model, prompts, length=0, sampling=Sampling(cfg_scale=1.0)):
     end_of_text = model.config.end_of_text
     tokens, segment = rows_of(prompts, length, model.config.block_size, end_of_text)  # (B, N) each
     device = model.wte.weight.device
-    seeds = row_seeds(prompts, sampling.seed)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # each row has its own
+    generators = row_generators(prompts, sampling.seed)
     tokens, segment = tokens.to(device), segment.to(device)
     is_target = segment == TARGET
     is_masked = is_target

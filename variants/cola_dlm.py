@@ -46,7 +46,7 @@ from textldm import (
     make_batch,
     option,
     rotary,
-    row_seeds,
+    row_generators,
     same_segment,
     texts_of,
 )
@@ -285,8 +285,7 @@ class Texts:
         self.begin = begin.to(device)  # (B, 1): where the document of a row begins
         self.end = P  # the position where the next block begins
         self.new = P  # the number of tokens that are not in the history
-        seeds = row_seeds(prompts, sampling.seed)
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.generators = row_generators(prompts, sampling.seed)
 
     def look_back(self):
         """Takes the new tokens into the history. Returns the latents (B, L, C) of the last tokens,

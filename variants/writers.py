@@ -26,6 +26,7 @@ from textldm import (
     continue_texts,
     guided_estimate,
     noisy_rows,
+    row_generators,
     row_seeds,
 )
 from variants.cola_dlm import (
@@ -232,7 +233,8 @@ def diffusion_writer(kind, vae, dit, tokenizer):
             places = [0 for _ in prompts]
         else:
             net = dit
-            z, segment = noisy_rows(vae, dit, prompts, 0, sampling)  # (B, N, C), (B, N)
+            generators = row_generators(prompts, sampling.seed)
+            z, segment = noisy_rows(vae, dit, prompts, 0, generators)  # (B, N, C), (B, N)
             places = [len(prompt) for prompt in prompts]
         t, guess = torch.ones((), device=z.device), torch.zeros_like(z)
         logits = guided_estimate(InLogits(net), z, t, guess, segment, sampling)  # (B, N, V)
