@@ -140,7 +140,9 @@ def test_end_of_texts_are_line_ends_within_a_text_and_nothing_at_its_end(encodin
 def test_p_token_is_asked_for_of_noise_where_a_text_begins(place, monkeypatch, kind, places):
     def positions(net, z, t, guess, segment, sampling):
         assert t == 1 and not guess.any()
-        return torch.arange(z.shape[1]).expand(len(z), -1)
+        net.dit = lambda z: torch.arange(z.shape[1]).expand(len(z), -1)
+        assert net(torch.cat((z, z))).tolist() == [*places, *places]  # guidance has two copies
+        return net(z)
 
     monkeypatch.setattr("variants.writers.guided_estimate", positions)
     first_logits = writer_of(place, kind).first_logits

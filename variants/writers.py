@@ -209,13 +209,16 @@ def load_vae(vae_path, path, state, vae_type):
 
 
 class InLogits:
-    """A DiT whose estimate is log p(token). So guided_estimate guides these, at t = 1."""
+    """A DiT whose estimate is log p(token), at one place of each row. So guided_estimate guides
+    these, at t = 1. Logits of all places would not fit a GPU."""
 
-    def __init__(self, dit):
-        self.dit, self.config = dit, dit.config
+    def __init__(self, dit, places):
+        self.dit, self.config, self.places = dit, dit.config, places
 
     def __call__(self, *given):
-        return self.dit(*given)
+        h = self.dit(*given)  # (B, N, E), or (2 B, N, E) with guidance
+        copies = len(h) // len(self.places)
+        return h[range(len(h)), self.places * copies]
 
     def estimate(self, h, z, t, temperature):
         return self.dit.to_output(h).float().log_softmax(-1)
@@ -237,8 +240,8 @@ def diffusion_writer(kind, vae, dit, tokenizer):
             z, segment = noisy_rows(vae, dit, prompts, 0, generators)  # (B, N, C), (B, N)
             places = [len(prompt) for prompt in prompts]
         t, guess = torch.ones((), device=z.device), torch.zeros_like(z)
-        logits = guided_estimate(InLogits(net), z, t, guess, segment, sampling)  # (B, N, V)
-        return logits[range(len(prompts)), places]
+        net = InLogits(net, places)
+        return guided_estimate(net, z, t, guess, segment, sampling)  # (B, V)
 
     config = dit.config
     block = config.latent_block if kind == "cola_dlm" else 0
