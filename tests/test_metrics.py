@@ -147,7 +147,8 @@ def test_words_are_scored_from_the_one_that_the_prompt_begins_to_the_end():
 def test_rouge_counts_words_of_any_script_and_characters_where_words_have_no_spaces():
     pytest.importorskip("rouge_score")
     texts = ["a naïve кот", "我喜欢猫", "a b_c d"]
-    ones, twos, longest = metrics.rouge(texts, ["THE nai\u0308ve КОТ", "我喜欢狗狗", "a c b d"])
+    references = ["THE nai\u0308ve КОТ", "我喜欢狗狗", "a c b d"]
+    ones, twos, longest = metrics.rouge(texts, references)
     assert ones.tolist() == pytest.approx([200 / 3, 100 * 2 * 3 / (4 + 5), 100])
     assert (twos[0], longest[2]) == (50, 75)
     assert metrics.rouge(["a"], ["..."]) == ["no reference has a word"] * 3
